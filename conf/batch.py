@@ -1,0 +1,165 @@
+"""Layout and batch arithmetic: world = data × tensor × pipeline × sequence, and the batch triangle over the data ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from conf.errors import Problem, RequestError
+from conf.schema import BatchConfig, ParallelConfig
+
+MOST_CANDIDATES = 64
+"""Divisors tried on each side of the triangle when looking for legal neighbours."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks of a run are divided. The product of the four degrees is `world`."""
+
+    world: int
+    data: int
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        if self.data * self.tensor * self.pipeline * self.sequence != self.world:
+            raise ValueError(f"world {self.world} is not {self.factors()}")
+
+    def factors(self) -> str:
+        """`2 data × 1 tensor × 1 pipeline × 1 sequence`."""
+        return f"{self.data} data × {self.tensor} tensor × {self.pipeline} pipeline × {self.sequence} sequence"
+
+    @classmethod
+    def of(cls, world: int, parallel: ParallelConfig) -> Layout:
+        """The layout of `world` ranks: the data degree is what the other three leave.
+
+        Raises RequestError when a degree is not positive or their product does not divide the world.
+        """
+        wanted = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "sequence": parallel.sequence}
+        wrong = [
+            Problem(f"parallel.{axis}", str(degree), "a degree of parallelism is at least 1", f"parallel.{axis}=1")
+            for axis, degree in wanted.items()
+            if degree < 1
+        ]
+        if wrong:
+            raise RequestError(wrong)
+        each = math.prod(wanted.values())
+        if world < each or world % each:
+            largest = max(wanted, key=lambda axis: wanted[axis])
+            rest = each // wanted[largest]
+            fitting = [d for d in range(1, wanted[largest] + 1) if world % (rest * d) == 0] or [1]
+            raise RequestError(
+                Problem(
+                    f"parallel.{largest}",
+                    str(wanted[largest]),
+                    f"the world is data × tensor × pipeline × sequence; {world} ranks cannot be divided into "
+                    f"{parallel.tensor} tensor × {parallel.pipeline} pipeline × {parallel.sequence} sequence = {each}",
+                    f"parallel.{largest}={fitting[-1]}, or a number of ranks that {each} divides",
+                )
+            )
+        return cls(world=world, data=world // each, **wanted)
+
+
+def batch_line(batch: BatchConfig, layout: Layout) -> str:
+    """`64 sequences = 4 micro × 8 accumulation × 2 data ranks`, for a resolved batch."""
+    ranks = "data rank" if layout.data == 1 else "data ranks"
+    return (
+        f"{batch.global_size} sequences = {batch.micro_size} micro × {batch.accumulation} accumulation "
+        f"× {layout.data} {ranks}"
+    )
+
+
+def resolve_batch(batch: BatchConfig, layout: Layout) -> BatchConfig:
+    """All three of global_size, micro_size and accumulation from any two of them.
+
+    Raises RequestError when fewer than two are given, when one is not positive, or when they do not multiply out with
+    the data ranks; the nearest legal triples are in the error.
+    """
+    given = {
+        key: value
+        for key in ("global_size", "micro_size", "accumulation")
+        if (value := getattr(batch, key)) is not None
+    }
+    wrong = [
+        Problem(f"batch.{key}", str(value), "a batch is counted in whole sequences, at least 1", f"batch.{key}=1")
+        for key, value in given.items()
+        if value < 1
+    ]
+    if wrong:
+        raise RequestError(wrong)
+    if len(given) < 2:
+        raise RequestError(_too_few(given, layout.data))
+    size, micro, steps = batch.global_size, batch.micro_size, batch.accumulation
+    if size is None:
+        size = micro * steps * layout.data
+    elif micro is None:
+        micro = max(1, size // (steps * layout.data))
+    elif steps is None:
+        steps = max(1, size // (micro * layout.data))
+    if micro * steps * layout.data != size:
+        raise RequestError(_does_not_multiply(given, (size, micro, steps), layout))
+    return BatchConfig(global_size=size, micro_size=micro, accumulation=steps)
+
+
+def _too_few(given: dict[str, int], data: int) -> Problem:
+    """What to add when at most one of the three is there."""
+    rule = "any two of batch.global_size, batch.micro_size and batch.accumulation give the third; {} given"
+    if not given:
+        return Problem("batch", "", rule.format("none is"), f"batch.global_size={data} batch.micro_size=1")
+    (key, value), *_ = given.items()
+    add = {"global_size": "micro_size", "micro_size": "accumulation", "accumulation": "micro_size"}[key]
+    number = 1
+    if key == "global_size" and value % data == 0:
+        number = max(d for d in _divisors(value // data) if d <= 8)
+    return Problem(f"batch.{add}", "", rule.format(f"only batch.{key}={value} is"), f"batch.{add}={number}")
+
+
+def _does_not_multiply(given: dict[str, int], asked: tuple[int, int, int], layout: Layout) -> Problem:
+    """The refusal of a triangle that does not close, with the three nearest that do."""
+    size, _, _ = asked
+    written = " ".join(f"batch.{key}={value}" for key, value in given.items())
+    ranks = f"{layout.data} data rank" + ("s" if layout.data > 1 else "")
+    if size % layout.data and len(given) == 2:
+        why = f"{size} sequences cannot be divided over {ranks}"
+    else:
+        factors = [f"{given[key]} {unit}" for key, unit in (("micro_size", "micro"), ("accumulation", "accumulation")) if key in given]
+        product = math.prod(given.get(key, 1) for key in ("micro_size", "accumulation")) * layout.data
+        verb = "is not" if len(given) == 3 else "is not a multiple of"
+        why = f"{size} {verb} {' × '.join([*factors, ranks])} = {product}"
+    nearest = [
+        f"batch.global_size={g} batch.micro_size={m} batch.accumulation={a}"
+        for g, m, a in nearest_triples(given, asked, layout.data)
+    ]
+    return Problem(written, "", f"global = micro × accumulation × data ranks, but {why}", "\n      or:  ".join(nearest))
+
+
+def nearest_triples(
+    given: dict[str, int], asked: tuple[int, int, int], data: int, count: int = 3
+) -> list[tuple[int, int, int]]:
+    """The `count` legal (global, micro, accumulation) nearest to what was asked.
+
+    Near means: few given numbers changed, then a small sum of |log(new / asked)| over the three.
+    """
+    size, micro, steps = asked
+    per_rank = max(1, round(size / data))
+    sides = {per_rank, max(1, size // data), -(-size // data), micro * steps}
+    micros = {micro, micro + 1, max(1, micro - 1), *(d for s in sides for d in _divisors(s)[:MOST_CANDIDATES])}
+    found = set()
+    for m in micros:
+        for total in sides | {m * steps}:
+            for a in {max(1, total // m), -(-total // m)}:
+                found.add((m * a * data, m, a))
+
+    def distance(triple: tuple[int, int, int]) -> tuple[int, float, tuple[int, int, int]]:
+        named = dict(zip(("global_size", "micro_size", "accumulation"), triple))
+        changed = sum(named[key] != value for key, value in given.items())
+        return changed, sum(abs(math.log(new / old)) for new, old in zip(triple, asked)), triple
+
+    return sorted(found, key=distance)[:count]
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})

@@ -1,0 +1,132 @@
+"""The one way from the command line's overrides to a checked, typed configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.batch import Layout, resolve_batch
+from conf.environment import Environment, detect
+from conf.errors import Problem, RequestError
+from conf.hydra_flags import passthrough
+from conf.overrides import CONF_DIR, Overrides, read_overrides
+from conf.rules import check
+from conf.schema import Config
+
+__all__ = ["compose", "hydra_passthrough", "list_recipes", "recipe_listing", "to_yaml"]
+
+ConfigStore.instance().store(name="config_schema", node=Config)
+
+
+def compose(overrides: Iterable[str], world_size: int, environment: Environment | None = None) -> Config:
+    """The configuration of a run over `world_size` ranks: composed, resolved, checked.
+
+    overrides: `+recipe=NAME`, `group=choice` and `key=value` in any order; keys under `deepspeed` and `model.config`
+        need no `+`.
+    environment: what this machine has; None looks.
+
+    The batch triangle, `eval.micro_size` and `optimizer.fused` come back filled in. Raises RequestError with every
+    problem of the request. Imports no torch, takes well under a second.
+    """
+    read = read_overrides(overrides)
+    problems = list(read.problems)
+    if "recipe" not in read.choices:
+        if not any(problem.key in ("+recipe", "recipe") for problem in problems):
+            problems.insert(0, Problem("+recipe=NAME", "", f"name a recipe:\n{recipe_listing()}"))
+        raise RequestError(problems)
+    if world_size < 1:
+        raise RequestError([*problems, Problem("world_size", str(world_size), "at least one rank", "world_size=1")])
+    config, failures = _compose(read)
+    problems += failures
+    if config is not None:
+        environment = (environment or detect()).on(config.device)
+        found = [*_batch_problems(config, world_size), *check(config, _layout(config, world_size), environment)]
+        problems += [p for p in found if not _covered(p, read.suspects)]
+    if problems or config is None:
+        raise RequestError(_distinct(problems))
+    _fill_in(config, world_size)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; composing from it again gives the same run."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def hydra_passthrough(argv: list[str]) -> int | None:
+    """Answer one of Hydra's flags (--help, --cfg job, --info, --shell-completion, …); None when `argv` has none.
+
+    Returns the exit code. Raises RequestError for flags that have no place here, or a wrong request with `--cfg job`.
+    """
+    return passthrough(argv, lambda overrides, world_size: to_yaml(compose(overrides, world_size)))
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Every recipe and its one-line description, from the `# description:` line of its file."""
+    return [(file.stem, _description(file.read_text())) for file in sorted((CONF_DIR / "recipe").glob("*.yaml"))]
+
+
+def recipe_listing() -> str:
+    """The recipes as indented lines of a message."""
+    width = max((len(name) for name, _ in list_recipes()), default=0)
+    return "\n".join(f"      {name:<{width}}  {description}" for name, description in list_recipes())
+
+
+def _description(text: str) -> str:
+    found = re.search(r"^# description:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
+    """Hydra's composition of the sound overrides, or the reason why there is none."""
+    try:
+        with initialize_config_dir(str(CONF_DIR), job_name="deepspeed_recipes", version_base="1.3"):
+            tree = hydra_compose("config", overrides=read.for_hydra())
+        return OmegaConf.to_object(tree), []  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        key = getattr(error, "full_key", None) or "the overrides"
+        return None, [Problem(str(key), "", str(error).splitlines()[0])]
+
+
+def _layout(config: Config, world_size: int) -> Layout:
+    """The layout, or plain data parallelism when the degrees are wrong (that is reported by the batch check)."""
+    try:
+        return Layout.of(world_size, config.parallel)
+    except RequestError:
+        return Layout(world=world_size, data=world_size)
+
+
+def _batch_problems(config: Config, world_size: int) -> list[Problem]:
+    try:
+        resolve_batch(config.batch, Layout.of(world_size, config.parallel))
+    except RequestError as error:
+        return error.problems
+    return []
+
+
+def _fill_in(config: Config, world_size: int) -> None:
+    """What follows from the rest of the configuration, so that nobody computes it twice."""
+    config.batch = resolve_batch(config.batch, Layout.of(world_size, config.parallel))
+    if config.eval.micro_size is None:
+        config.eval.micro_size = config.batch.micro_size
+    if config.optimizer.fused is None and config.optimizer.name in ("adam", "adamw"):
+        config.optimizer.fused = config.zero.offload_optimizer == "none"
+
+
+def _covered(problem: Problem, suspects: set[str]) -> bool:
+    """Whether a rule complains about a key that an earlier problem is already about."""
+    keys = {part.partition("=")[0] for part in problem.key.split()}
+    sections = {suspect[:-1] for suspect in suspects if suspect.endswith(".*")}
+    return bool(keys & suspects) or any(key.startswith(section) for key in keys for section in sections)
+
+
+def _distinct(problems: list[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))

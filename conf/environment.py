@@ -1,0 +1,130 @@
+"""What this machine has, as far as it can be known without torch. Rules take it as an argument; tests inject their own."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+CPU_FP16_FLAGS = {"avx512_fp16", "amx_fp16", "asimdhp"}
+"""What torch's oneDNN wants of a CPU before the engine (0.19.8, cpu_accelerator.py) accepts fp16 on it."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Facts that decide whether a request can run here."""
+
+    device: str = "cpu"
+    """cpu | cuda: what the engine uses when nothing else is asked."""
+    device_count: int = 1
+    """GPUs for cuda; 1 for cpu."""
+    fp16_supported: bool = False
+    """By `device`."""
+    bf16_supported: bool = True
+    """By `device`."""
+    cpu_fp16_supported: bool = False
+    """By the CPU, for device=cpu on a machine with GPUs."""
+    compiler: bool = True
+    """A C++ compiler (CXX or c++)."""
+    ninja: bool = True
+    python_headers: bool = True
+    libaio: bool = False
+    """libaio with its header, for NVMe offload."""
+    prebuilt: frozenset[str] = frozenset()
+    """Kernels that the installed engine carries compiled (cpu_adam, async_io, …)."""
+
+    def on(self, device: str) -> Environment:
+        """The same machine when a run asks for `device` (auto | cpu | cuda)."""
+        if device == "cpu" and self.device != "cpu":
+            return replace(
+                self, device="cpu", device_count=1, fp16_supported=self.cpu_fp16_supported, bf16_supported=True
+            )
+        return self
+
+    def missing_toolchain(self) -> list[str]:
+        """What is lacking to compile the engine's CPU kernels, in words; empty when nothing is."""
+        parts = {
+            "a C++ compiler (c++, or CXX)": self.compiler,
+            "ninja": self.ninja,
+            "the headers of this Python (Python.h)": self.python_headers,
+        }
+        return [name for name, there in parts.items() if not there]
+
+
+def detect() -> Environment:
+    """The environment of this process. Takes a few milliseconds without a GPU, one `nvidia-smi` with one."""
+    cpu_fp16 = bool(_cpu_flags() & CPU_FP16_FLAGS)
+    gpus = _gpus() if _torch_has_cuda() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else []
+    # Same thresholds as the engine's cuda_accelerator.py (0.19.8); an unknown capability is not held against the device.
+    oldest = 6.0 if os.environ.get("DS_ALLOW_DEPRECATED_FP16") == "1" else 7.0
+    fp16 = all(capability is None or capability >= oldest for capability in gpus) if gpus else cpu_fp16
+    header = any((Path(root) / "libaio.h").is_file() for root in ("/usr/include", "/usr/local/include"))
+    return Environment(
+        device="cuda" if gpus else "cpu",
+        device_count=len(gpus) or 1,
+        fp16_supported=fp16,
+        bf16_supported=True,
+        cpu_fp16_supported=cpu_fp16,
+        compiler=shutil.which(os.environ.get("CXX", "c++")) is not None,
+        ninja=shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None,
+        python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
+        libaio=header and ctypes.util.find_library("aio") is not None,
+        prebuilt=_prebuilt_kernels(),
+    )
+
+
+def _cpu_flags() -> set[str]:
+    """Feature flags of the first CPU (Linux); empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return set(found.group(1).split()) if found else set()
+
+
+def _package_file(package: str, name: str) -> str:
+    """Text of a file of an installed package, without importing it; empty when it is not there."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return ""
+    path = Path(found.submodule_search_locations[0]) / name
+    return path.read_text() if path.is_file() else ""
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA: a GPU is of no use to a CPU build."""
+    return re.search(r"^cuda[^=]*=\s*['\"]", _package_file("torch", "version.py"), re.MULTILINE) is not None
+
+
+def _prebuilt_kernels() -> frozenset[str]:
+    """Kernels compiled when the engine was installed (DS_BUILD_OPS)."""
+    text = _package_file("deepspeed", "git_version_info_installed.py")
+    found = re.search(r"installed_ops\s*=\s*(\{.*?\})", text, re.DOTALL)
+    return frozenset(re.findall(r"'(\w+)':\s*True", found.group(1))) if found else frozenset()
+
+
+def _gpus() -> list[float | None]:
+    """Compute capability of each visible NVIDIA GPU (None: unknown); empty without one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limit = None if visible is None else len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    if limit == 0:
+        return []
+    found: list[float | None] = []
+    if shutil.which("nvidia-smi"):
+        try:
+            ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+            answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+            found = [float(line) if re.fullmatch(r"[\d.]+", line) else None for line in answer.split()]
+        except (OSError, subprocess.SubprocessError):
+            found = []
+    if not found:
+        folder = Path("/proc/driver/nvidia/gpus")
+        found = [None for _ in folder.iterdir()] if folder.is_dir() else []
+    return found[:limit]

@@ -1,0 +1,257 @@
+"""Reading the command line's overrides: every mistake in them is collected, and what is sound is kept for Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from conf.errors import Problem, did_you_mean
+from conf.schema import Config, SourceConfig
+
+CONF_DIR = Path(__file__).resolve().parent
+FREE_FORM = ("deepspeed", "model.config")
+"""Keys whose sub-keys are not ours: the engine's and those of transformers' model configs."""
+
+
+def groups() -> dict[str, list[str]]:
+    """Every config group and its choices, from the YAML files."""
+    files = sorted(CONF_DIR.glob("*/*.yaml"))
+    found: dict[str, list[str]] = {}
+    for file in files:
+        found.setdefault(file.parent.name, []).append(file.stem)
+    return found
+
+
+def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the schema and its type annotation, sections included."""
+    hints = typing.get_type_hints(schema)
+    found: dict[str, Any] = {}
+    for one in dataclasses.fields(schema):
+        key, hint = prefix + one.name, hints[one.name]
+        found[key] = hint
+        if dataclasses.is_dataclass(hint):
+            found.update(schema_keys(hint, key + "."))
+    return found
+
+
+def free_form(key: str) -> bool:
+    """Whether `key` lies inside a section with keys that are not ours."""
+    return any(key.startswith(f"{section}.") for section in FREE_FORM)
+
+
+def nearest_choice(value: str, choices: Iterable[str]) -> str:
+    """The choice nearest to `value`: one that ends in it (`2` → `stage2`), else the most similar; may be empty."""
+    lowered = value.lower()
+    ending = [choice for choice in choices if lowered and choice.endswith(lowered)]
+    return ending[0] if ending else did_you_mean(lowered, choices)
+
+
+@dataclass
+class Overrides:
+    """The sound part of the overrides, ready for Hydra, and what was wrong with the rest."""
+
+    choices: dict[str, str] = field(default_factory=dict)
+    """Group → choice (`recipe` included)."""
+    values: dict[str, str] = field(default_factory=dict)
+    """Dotted key → value as the user wrote it."""
+    removed: list[str] = field(default_factory=list)
+    """Free-form keys to take out (`~model.config.rope_scaling`)."""
+    problems: list[Problem] = field(default_factory=list)
+    suspects: set[str] = field(default_factory=set)
+    """Keys that a problem already covers: the rules must not complain about their consequences."""
+
+    def for_hydra(self) -> list[str]:
+        """Arguments of Hydra's compose API."""
+        choices = [f"{'+' if group == 'recipe' else ''}{group}={choice}" for group, choice in self.choices.items()]
+        values = [f"{'++' if free_form(key) else ''}{key}={value}" for key, value in self.values.items()]
+        return choices + values + [f"~{key}" for key in self.removed]
+
+
+def read_overrides(arguments: Iterable[str]) -> Overrides:
+    """Check each argument on its own: syntax, group and choice, key, type, given once.
+
+    A misspelt key or choice is replaced by the nearest legal one, so that everything else is checked in the context that
+    was meant; the misspelling stays a problem.
+    """
+    result = Overrides()
+    reader = _Reader(result)
+    for argument in arguments:
+        reader.read(argument)
+    return result
+
+
+class _Reader:
+    """State of one pass over the overrides."""
+
+    def __init__(self, result: Overrides):
+        self.result = result
+        self.groups = groups()
+        self.keys = schema_keys()
+        self.parser = OverridesParser.create()
+        self.schema = OmegaConf.structured(Config)
+
+    def problem(self, key: str, value: str, rule: str, nearest: str = "") -> None:
+        self.result.problems.append(Problem(key, value, rule, nearest))
+        self.result.suspects.add(key)
+
+    def read(self, argument: str) -> None:
+        if argument.startswith("-"):
+            self.problem(argument, "", "not an option; a request is made of group=choice and key=value")
+            return
+        key, _, text = argument.lstrip("+~").partition("=")
+        try:
+            override = self.parser.parse_override(argument)
+        except HydraException:
+            self._unreadable(argument, key, text)
+            return
+        key = override.key_or_group
+        if override.package is not None or key.split("/")[0] == "hydra" or key.startswith("hydra."):
+            self.problem(key, text, "Hydra's own settings and packages are fixed here; conf/config.yaml has them")
+        elif override.is_delete():
+            self._remove(key, text)
+        elif override.is_sweep_override():
+            self._several(key, text)
+        elif key in self.groups:
+            self._choose(argument, key, override, text)
+        elif key in self.keys or free_form(key):
+            self._set(key, override.value(), text)
+        else:
+            self._unknown(key, override, text)
+
+    def _unreadable(self, argument: str, key: str, text: str) -> None:
+        if "=" not in argument:
+            recipe = nearest_choice(argument, self.groups.get("recipe", []))
+            self.problem(
+                argument,
+                "",
+                "not an override; a request is made of group=choice and key=value",
+                f"+recipe={recipe}" if recipe else "",
+            )
+            return
+        quoted = text.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
+        self.problem(key, text, "this value needs quotes inside the shell's own", f"\"{key}='{quoted}'\"")
+
+    def _remove(self, key: str, text: str) -> None:
+        if free_form(key):
+            self.result.removed.append(key)
+        else:
+            self.problem(f"~{key}", text, "only keys under deepspeed and model.config can be taken out", f"{key}=null")
+
+    def _several(self, key: str, text: str) -> None:
+        rule = "one value per key: a run has one configuration, a sweep is several runs"
+        if _is_list(self.keys.get(key)):
+            self.problem(key, text, "a list is written in brackets", f"{key}=[{text}]")
+        elif key == "track":
+            self.problem(key, text, rule, f"track.to=[{text}]")
+        elif self.keys.get(key) in (str, str | None):
+            self.problem(key, text, rule, f"\"{key}='{text}'\"")
+        else:
+            self.problem(key, text, rule, f"{key}={text.split(',')[0]}")
+
+    def _choose(self, argument: str, group: str, override: Override, text: str) -> None:
+        value, choices = override.value(), self.groups[group]
+        if group in self.result.choices:
+            self._twice(group, text)
+            return
+        if group == "recipe" and not argument.startswith("+"):
+            self.problem("recipe", text, "a recipe is added to the defaults, with a plus", f"+recipe={text}")
+        choice = text if text in choices else ""
+        if not choice:
+            choice = nearest_choice(str(value), choices) if isinstance(value, (str, int, float)) else ""
+            plus = "+" if group == "recipe" else ""
+            self.problem(
+                f"{plus}{group}", text, f"one of {', '.join(choices)}", f"{plus}{group}={choice}" if choice else ""
+            )
+            self.result.suspects.add(f"{group}.*")
+        if choice:
+            self.result.choices[group] = choice
+
+    def _set(self, key: str, value: Any, text: str) -> None:
+        if key in self.result.values:
+            self._twice(key, text)
+            return
+        if not free_form(key):
+            try:
+                OmegaConf.update(self.schema, key, value, merge=True)
+            except ConfigKeyError as error:
+                wrong = str(error.key)
+                section = self.keys[key]
+                known = [f.name for f in dataclasses.fields(section if dataclasses.is_dataclass(section) else SourceConfig)]
+                near = did_you_mean(wrong, known)
+                self.problem(key, text, f"no such key in it: {wrong}; it has {', '.join(known)}", near)
+                return
+            except OmegaConfBaseException:
+                self.problem(key, text, f"must be {_in_words(self.keys[key])}", self._nearest_value(key, value))
+                return
+        self.result.values[key] = text
+
+    def _nearest_value(self, key: str, value: Any) -> str:
+        """A legal assignment near a value of the wrong type; may be empty."""
+        hint = self.keys[key]
+        kinds = set(typing.get_args(hint)) or {hint}
+        if _is_list(hint) and not isinstance(value, (list, dict)):
+            return f"{key}=[{_yaml(value)}]"
+        if int in kinds and isinstance(value, float) and abs(value) < 2**53:
+            return f"{key}={round(value)}"
+        if bool in kinds:
+            return f"{key}={did_you_mean(str(value).lower(), ('true', 'false')) or 'true'}"
+        if value is None or isinstance(value, bool) or not kinds & {int, float}:
+            return ""
+        digits = "".join(c for c in str(value) if c.isdigit() or c in ".-")
+        return f"{key}={digits}" if digits.isdigit() else ""
+
+    def _twice(self, key: str, text: str) -> None:
+        before = self.result.values.get(key, self.result.choices.get(key, ""))
+        plus = "+" if key == "recipe" else ""
+        self.problem(f"{plus}{key}", text, f"given twice, first as {before}; give it once", f"{plus}{key}={text}")
+
+    def _unknown(self, key: str, override: Override, text: str) -> None:
+        leaf = key.rsplit(".", 1)[-1]
+        near = did_you_mean(key, [*self.keys, *self.groups])
+        if not near:
+            near = next((known for known in self.keys if known.rsplit(".", 1)[-1] == leaf), "")
+        self.problem(key, text, "no such key", f"{near}={text}" if near else "")
+        if not near or near in self.result.suspects:
+            return
+        self.result.suspects.add(near)
+        if near in self.groups:
+            if text in self.groups[near]:
+                self.result.choices.setdefault(near, text)
+            self.result.suspects.add(f"{near}.*")
+        elif near not in self.result.values and not dataclasses.is_dataclass(self.keys[near]):
+            self._set(near, override.value(), text)
+
+
+def _is_list(hint: Any) -> bool:
+    return any(typing.get_origin(part) is list for part in (hint, *typing.get_args(hint)))
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a person would say it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(part) for part in arguments)
+    if origin is list:
+        inner = "{key: value, …}" if dataclasses.is_dataclass(arguments[0]) else "value"
+        return f"a list, [{inner}, …]"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping, {key: value, …}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

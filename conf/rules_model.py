@@ -1,0 +1,144 @@
+"""Rules on the model: where it comes from, and that a local one is whole."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from conf.batch import Layout
+from conf.environment import Environment
+from conf.errors import Problem, did_you_mean
+from conf.rules_data import POSITIONS, nearest_path
+from conf.rules_values import shown
+from conf.schema import Config
+
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+WIDTHS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("num_attention_heads", "num_key_value_heads"))
+"""Pairs of sizes where the second divides the first (unless a head_dim says otherwise)."""
+POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+POSITIVE += ("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_inner", *POSITIONS)
+
+
+def origin(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A model is either new (type and config) or pretrained (path)."""
+    model = cfg.model
+    if model.type is None and model.path is None:
+        rule = "say which pretrained model, or choose one to train from scratch"
+        yield Problem("model.path", "null", rule, "model.path=FOLDER_OR_HUB_NAME, or model=llama_60m")
+    elif model.type is not None and model.path is not None:
+        rule = f"model.path={model.path} is given too, and a model is new or pretrained, not both"
+        yield Problem("model.type", model.type, rule, f"model=pretrained model.path={model.path}")
+    elif model.path is not None and model.config:
+        rule = "a pretrained model brings its own config"
+        yield Problem("model.config", shown(sorted(model.config)), rule, "leave model.config out")
+    if model.gguf_file is not None and model.path is None:
+        yield Problem("model.gguf_file", model.gguf_file, "needs model.path, the folder it is in", "model.path=FOLDER")
+
+
+def config(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Sizes of a new model are positive and fit together; nothing in them names code."""
+    values = cfg.model.config
+    for name, value in values.items():
+        key = f"model.config.{name}"
+        if name in ("auto_map", "trust_remote_code") or name.startswith("_"):
+            yield Problem(key, shown(value), "code of strangers is never loaded", "leave it out")
+        elif name in POSITIVE and value is not None and (not _is_count(value) or value < 1):
+            nearest = f"{key}=1" if _is_count(value) else ""
+            yield Problem(key, shown(value), "must be a whole number, at least 1", nearest)
+    for whole, part in WIDTHS:
+        size, count = values.get(whole), values.get(part)
+        if "head_dim" in values and part == "num_attention_heads":
+            continue
+        if _is_count(size) and _is_count(count) and count > 0 < size and size % count:
+            fitting = max(d for d in range(1, count + 1) if size % d == 0)
+            rule = f"must divide model.config.{whole}={size}"
+            yield Problem(f"model.config.{part}", str(count), rule, f"model.config.{part}={fitting}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def attention(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """The attention implementation exists, and the device and the precision can run it."""
+    name = cfg.model.attention
+    if name is None:
+        return
+    if name not in ATTENTIONS:
+        near = did_you_mean(name, ATTENTIONS) or "sdpa"
+        yield Problem("model.attention", name, f"one of {', '.join(ATTENTIONS)}", f"model.attention={near}")
+    elif name.startswith("flash"):
+        if env.device != "cuda":
+            yield Problem("model.attention", name, "flash attention runs on CUDA only", "model.attention=sdpa")
+        elif cfg.precision.name == "fp32":
+            yield Problem("model.attention", name, "flash attention computes in bf16 or fp16", "precision=bf16")
+        elif importlib.util.find_spec("flash_attn") is None:
+            yield Problem("model.attention", name, "the flash_attn package is not installed", "model.attention=sdpa")
+
+
+def weights(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A local model folder exists and holds a config and safetensors, or the GGUF file asked for."""
+    path = cfg.model.path
+    if not path:
+        return
+    if path.startswith("package:"):
+        package = path.removeprefix("package:")
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        if found is None or found.origin is None:
+            rule = "no such installed Python package (its import name, not its name on PyPI)"
+            near = did_you_mean(package, _packages())
+            yield Problem("model.path", path, rule, f"model.path=package:{near}" if near else "pip install it first")
+            return
+        folder = Path(found.origin).parent
+    else:
+        folder = Path(path).expanduser()
+        local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
+        if not folder.exists():
+            if local:
+                yield Problem("model.path", path, "there is no such folder", f"model.path={nearest_path(folder)}")
+            return
+        if not folder.is_dir():
+            nearest = f"model.path={folder.parent}"
+            nearest += f" model.gguf_file={folder.name}" if folder.suffix == ".gguf" else ""
+            yield Problem("model.path", path, "a model is a folder, this is a file", nearest)
+            return
+    yield from _gguf(cfg, folder) if cfg.model.gguf_file else _safetensors(path, folder)
+
+
+def _gguf(cfg: Config, folder: Path) -> Iterator[Problem]:
+    name = cfg.model.gguf_file or ""
+    if (folder / name).is_file():
+        return
+    there = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf"))
+    rule = f"is not in {folder}; GGUF files there: {', '.join(there) or 'none'}"
+    near = did_you_mean(name, there) or (there[0] if there else "")
+    yield Problem("model.gguf_file", name, rule, f"model.gguf_file={near}" if near else "")
+
+
+def _safetensors(path: str, folder: Path) -> Iterator[Problem]:
+    """What is missing for `from_pretrained`; pickled weights are never loaded."""
+    ggufs = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf"))
+    if any(folder.glob("*.safetensors")):
+        if not (folder / "config.json").is_file():
+            yield Problem("model.path", path, "this folder has weights but no config.json", "put the model's config.json there")
+    elif ggufs:
+        yield Problem("model.path", path, "this folder has GGUF weights only", f"model.gguf_file={ggufs[0]}")
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        rule = "this folder has pickled weights only, which can run code and are never loaded"
+        yield Problem("model.path", path, rule, "save it with safetensors: model.save_pretrained(FOLDER)")
+    else:
+        below = sorted(file.parent for file in folder.glob("*/*.safetensors"))
+        nearest = f"model.path={below[0]}" if below else "a folder written by save_pretrained"
+        yield Problem("model.path", path, "this folder has no weights (*.safetensors)", nearest)
+
+
+def _packages() -> list[str]:
+    """Import names of installed packages."""
+    import importlib.metadata
+
+    return sorted(importlib.metadata.packages_distributions())
+
+
+RULES = (origin, config, attention, weights)

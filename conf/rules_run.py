@@ -1,0 +1,149 @@
+"""Rules on the run: its length, its schedule, what it shows, and the directory it writes to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from conf.batch import Layout
+from conf.environment import Environment
+from conf.errors import Problem
+from conf.rules_values import changed, shown
+from conf.schema import Config
+
+RUN_FILES = {"config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "summary.json", "loss.png"}
+RUN_FOLDERS = {"checkpoints", "model", "logs", "tensorboard"}
+"""What a run writes into its directory."""
+
+
+def length(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A run ends after a number of steps or of epochs."""
+    steps, epochs = cfg.train.steps, cfg.train.epochs
+    if steps is None and epochs is None:
+        yield Problem("train.steps", "null", "say how long: train.steps or train.epochs", "train.steps=1000")
+    elif steps is not None and epochs is not None:
+        rule = f"train.steps={steps} is given too, and a run has one length"
+        yield Problem("train.epochs", shown(epochs), rule, "train.epochs=null, or train.steps=null")
+
+
+def schedule(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Warm-up and decay fit into training, and only the schedules that have them take their keys."""
+    scheduler, steps = cfg.scheduler, cfg.train.steps
+    if scheduler.name != "wsd" and scheduler.decay_steps is not None:
+        rule = f"only the wsd schedule has a final decay, not {scheduler.name}"
+        yield Problem("scheduler.decay_steps", str(scheduler.decay_steps), rule, "scheduler=wsd")
+    if scheduler.name == "constant" and scheduler.min_ratio != 0:
+        rule = "a constant rate never falls"
+        yield Problem("scheduler.min_ratio", shown(scheduler.min_ratio), rule, "scheduler=linear, or scheduler.min_ratio=0")
+    if steps is None or steps < 1:
+        return
+    warmup = scheduler.warmup_steps
+    if warmup > steps:
+        rule = f"warm-up is longer than training (train.steps={steps})"
+        yield Problem("scheduler.warmup_steps", str(warmup), rule, f"scheduler.warmup_steps={max(1, steps // 10)}")
+    elif scheduler.name == "wsd":
+        decay = scheduler.decay_steps if scheduler.decay_steps is not None else max(1, steps // 5)
+        if warmup + decay > steps:
+            rule = f"warm-up {warmup} and decay {decay} are together longer than training (train.steps={steps})"
+            fitting = max(1, steps - warmup)
+            nearest = f"scheduler.decay_steps={fitting}"
+            if warmup + fitting > steps:
+                nearest = f"scheduler.warmup_steps={max(0, steps - decay)}"
+            yield Problem("scheduler.decay_steps", shown(scheduler.decay_steps), rule, nearest)
+
+
+def device(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """device=cuda needs a GPU, and a torch that can use it."""
+    if cfg.device == "cuda" and env.device != "cuda":
+        yield Problem("device", "cuda", "there is no GPU here that the installed torch can use", "device=auto")
+
+
+def compiling(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """torch.compile writes C++ on CPUs."""
+    if cfg.train.compile and env.device == "cpu" and not env.compiler:
+        rule = "torch.compile needs a C++ compiler on a CPU (c++, or CXX)"
+        yield Problem("train.compile", "true", rule, "train.compile=false")
+
+
+def without_effect(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Keys that would change nothing are refused, so that nobody believes they did."""
+    if cfg.eval.prompt is None and changed(cfg.eval, "new_tokens"):
+        rule = "without a prompt nothing is completed"
+        yield Problem("eval.new_tokens", str(cfg.eval.new_tokens), rule, "eval.prompt='Once upon a time'")
+    if cfg.checkpoint.every == 0 and changed(cfg.checkpoint, "keep"):
+        rule = "without checkpoint.every there are no checkpoints to keep"
+        yield Problem("checkpoint.keep", str(cfg.checkpoint.keep), rule, "checkpoint.every=500")
+    if changed(cfg.track, "project") and not {"wandb", "mlflow"} & set(cfg.track.to):
+        rule = "only wandb and mlflow have projects"
+        yield Problem("track.project", cfg.track.project, rule, "track=wandb, or track=mlflow")
+
+
+def resume(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A checkpoint to resume from exists, and resuming and overwriting exclude each other."""
+    if cfg.resume is None:
+        return
+    run_dir = Path(cfg.run_dir).expanduser()
+    if cfg.overwrite:
+        rule = "resuming continues what overwriting would delete"
+        yield Problem("overwrite", "true", rule, "overwrite=false, or resume=null")
+    if cfg.resume == "auto":
+        if not _checkpoints(run_dir):
+            yield Problem("resume", "auto", f"there is no checkpoint in {run_dir / 'checkpoints'}", "resume=null")
+    elif not Path(cfg.resume).expanduser().is_dir():
+        near = [f"resume={path}" for path in _checkpoints(run_dir)[-1:]]
+        yield Problem("resume", cfg.resume, "there is no such checkpoint folder", "".join(near) or "resume=null")
+    elif _is_run(run_dir) and run_dir.resolve() not in Path(cfg.resume).expanduser().resolve().parents:
+        rule = f"this checkpoint belongs to another run than the one in {run_dir}"
+        yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(run_dir)}")
+
+
+def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """The run directory can be written and holds nothing that would be lost or mixed up."""
+    path = Path(cfg.run_dir).expanduser()
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        yield Problem("run_dir", cfg.run_dir, f"{existing} is a file, not a folder", f"run_dir={_free(existing)}")
+        return
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem("run_dir", cfg.run_dir, f"{existing} cannot be written", "run_dir=FOLDER on a writable disk")
+        return
+    if not path.is_dir():
+        return
+    if not _is_run(path) and _foreign(path):
+        rule = f"a folder with other things in it ({', '.join(_foreign(path)[:3])}) is not a run directory"
+        yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={path / 'run'}")
+    elif not cfg.overwrite and cfg.resume is None:
+        if (path / "summary.json").is_file():
+            rule = "holds a finished run, which is never overwritten unasked"
+            yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(path)}, or overwrite=true")
+        elif (path / "metrics.jsonl").is_file():
+            rule = "holds an unfinished run, which is never overwritten unasked"
+            go_on = "resume=auto" if _checkpoints(path) else f"run_dir={_free(path)}"
+            yield Problem("run_dir", cfg.run_dir, rule, f"{go_on}, or overwrite=true")
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("summary.json", "metrics.jsonl", "ds_config.json"))
+
+
+def _foreign(path: Path) -> list[str]:
+    """Visible entries of a folder that no run writes."""
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    return [name for name in names if name not in RUN_FILES | RUN_FOLDERS | {"lost+found"}]
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    folder = run_dir / "checkpoints"
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+def _free(path: Path) -> Path:
+    """`path` with the first number behind it that no file or folder has."""
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}-{number}")
+
+
+RULES = (length, schedule, device, compiling, without_effect, resume, run_dir)

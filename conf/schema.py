@@ -1,0 +1,265 @@
+"""The typed schema: every key a user may set, its unit and its legal values.
+
+Hydra merges the YAML groups over these dataclasses, so a wrong type or an unknown key is refused while composing.
+`conf/rules.py` holds what has to be true *between* keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16_autocast")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+PACKINGS = ("documents", "blocks", "none")
+SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
+OFFLOADS = ("none", "cpu", "nvme")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass
+class ModelConfig:
+    """Which Hugging Face model: either built from `type` + `config`, or loaded from `path`."""
+
+    type: str | None = None
+    """`model_type` of transformers (llama, gpt2, …) for a model trained from scratch; null when `path` is given."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Attributes of that model's transformers config (hidden_size, num_hidden_layers, …)."""
+    path: str | None = None
+    """Hub name or local folder with pretrained weights (or the folder/package that holds `gguf_file`)."""
+    gguf_file: str | None = None
+    """A GGUF file inside `path`; `path=package:NAME` means the folder of an installed Python package."""
+    tokenizer: str | None = None
+    """Hub name or local folder of a tokenizer; null: that of `path`, or one trained on the data for a new model."""
+    attention: str | None = None
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2, …; null: the best the family supports."""
+
+
+@dataclass
+class SourceConfig:
+    """Where rows come from. One source; `data.mixture` holds several."""
+
+    kind: str = "stdlib"
+    """stdlib | text | jsonl | csv | parquet | hub."""
+    path: str | None = None
+    """File, folder or glob (text, jsonl, csv, parquet). Relative paths are relative to the working directory."""
+    eval_path: str | None = None
+    """Files of the held-out split; null: `held_out` of the rows of `path` are set aside."""
+    name: str | None = None
+    """Hub data set name (kind=hub)."""
+    subset: str | None = None
+    """Configuration name of the hub data set."""
+    split: str = "train"
+    """Training split of the hub data set."""
+    eval_split: str | None = None
+    """Held-out split of the hub data set; null: `held_out` of `split` is set aside."""
+    text: str = "text"
+    """Column with the text (plain rows)."""
+    prompt: str | None = None
+    """Column with the prompt; with `completion`, the loss is on the completion only."""
+    completion: str | None = None
+    """Column with the completion."""
+    messages: str | None = None
+    """Column with a chat (list of {role, content}); the loss is on the assistant's turns only."""
+    delimiter: str = ","
+    """Field delimiter of csv files."""
+    weight: float = 1.0
+    """Share of this source in a mixture, in sequences, relative to the other weights."""
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """Rows, their tokenisation and their packing into sequences."""
+
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Several weighted sources; when not empty, the single-source keys above must keep their defaults."""
+    seq_length: int = 512
+    """Tokens per sequence."""
+    packing: str = "documents"
+    """documents: several per sequence, no attention across them, positions restart · blocks: one stream cut into
+    fixed lengths · none: one row per sequence, padded."""
+    vocab_size: int | None = None
+    """Size of the tokenizer trained on the data (new models only); null: `model.config.vocab_size`."""
+    held_out: float = 0.02
+    """Share of documents (files for stdlib and text) set aside for evaluation, 0 < held_out < 1."""
+    max_files: int | None = None
+    """Read at most this many files (stdlib, text), in sorted order; null: all."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; null: $XDG_CACHE_HOME/deepspeed_recipes (~/.cache/deepspeed_recipes)."""
+
+
+@dataclass
+class BatchConfig:
+    """The batch triangle: any two give the third. All in sequences, positive."""
+
+    global_size: int | None = None
+    """Sequences per optimizer step over all ranks."""
+    micro_size: int | None = None
+    """Sequences per forward pass of one data rank."""
+    accumulation: int | None = None
+    """Forward/backward passes per optimizer step."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, and with which accelerations."""
+
+    steps: int | None = None
+    """Optimizer steps; exactly one of `steps` and `epochs` is set."""
+    epochs: float | None = None
+    """Passes over the training sequences."""
+    activation_checkpointing: int = 0
+    """Recompute activations of every n-th layer in backward: 0 none, 1 all layers, 2 every second, …"""
+    fused_loss: bool = True
+    """Head and cross-entropy in chunks over supervised positions only; never holds all logits."""
+    compile: bool = False
+    """torch.compile each decoder layer."""
+    threads: int | None = None
+    """CPU threads per rank; null: cores of this machine / ranks on it."""
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimizer of the engine. A null field is one this optimizer does not take."""
+
+    name: str = "adamw"
+    """adamw | adam | adagrad | lion | lamb | muon | sgd | any class of torch.optim."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled where the optimizer decouples it; not applied to biases and norms."""
+    betas: list[float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    fused: bool | None = None
+    """Fused kernel of torch (adamw, adam on CPU and CUDA, without CPU offload); null where it does not exist."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off (the norm is still measured)."""
+
+
+@dataclass
+class SchedulerConfig:
+    """Learning rate over optimizer steps."""
+
+    name: str = "cosine"
+    """constant | linear | cosine | wsd."""
+    warmup_steps: int = 0
+    """Linear warm-up, optimizer steps."""
+    decay_steps: int | None = None
+    """Length of the final decay (wsd only), optimizer steps; null: 20% of training."""
+    min_ratio: float = 0.0
+    """Last learning rate as a share of the peak (linear, cosine, wsd)."""
+
+
+@dataclass
+class PrecisionConfig:
+    """Arithmetic of parameters and activations."""
+
+    name: str = "fp32"
+    """fp32 | bf16 | fp16 | bf16_autocast."""
+    accumulation_dtype: str = "fp32"
+    """Gradients are accumulated in fp32 or in the `model` dtype: fp32 | bf16 | fp16."""
+    loss_scale: float = 0.0
+    """fp16: static loss scale; 0 = dynamic."""
+    initial_scale_power: int = 16
+    """fp16, dynamic: first scale is 2**this."""
+    loss_scale_window: int = 1000
+    """fp16, dynamic: steps without overflow before the scale doubles."""
+
+
+@dataclass
+class ZeroConfig:
+    """What the engine shards over the data ranks: 0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters."""
+
+    stage: int = 1
+    offload_optimizer: str = "none"
+    """none | cpu | nvme (nvme: stage 3 and `nvme_path`)."""
+    offload_param: str = "none"
+    """none | cpu | nvme (stage 3)."""
+    nvme_path: str | None = None
+    overlap_comm: bool = False
+    reduce_bucket_size: int = 500_000_000
+    """Elements reduced at once."""
+    allgather_bucket_size: int = 500_000_000
+    """Elements gathered at once (stages 1, 2)."""
+    prefetch_bucket_size: int = 50_000_000
+    """Elements fetched ahead (stage 3)."""
+    param_persistence_threshold: int = 100_000
+    """Parameters smaller than this many elements stay whole on every rank (stage 3)."""
+    hpz_partition_size: int = 1
+    """ZeRO++ secondary shards within this many ranks (stage 3, CUDA)."""
+    quantized_weights: bool = False
+    """ZeRO++ qwZ (stage 3, CUDA)."""
+    quantized_gradients: bool = False
+    """ZeRO++ qgZ (stage 3, CUDA)."""
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of parallelism; the data degree is what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: int = 1
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Save each n optimizer steps; 0: never during training."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0
+    """Evaluate each n optimizer steps; 0: only before the first and after the last."""
+    micro_size: int | None = None
+    """Sequences per forward pass of one data rank; null: `batch.micro_size`."""
+    prompt: str | None = None
+    """Completed by the exported model at the end; null: no completion."""
+    new_tokens: int = 48
+    """Length of that completion."""
+
+
+@dataclass
+class TrackConfig:
+    to: list[str] = field(default_factory=list)
+    """tensorboard | wandb | mlflow | csv; metrics.jsonl is always written."""
+    project: str = "deepspeed-recipes"
+    """Project (W&B) or experiment (MLflow)."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "run"
+    """Name of the run, default for `run_dir`."""
+    task: str = "causal_lm"
+    """Module of `recipes/` that trains it."""
+    run_dir: str = "runs/${name}"
+    """Everything the run writes; relative to the working directory."""
+    overwrite: bool = False
+    """Replace a run that `run_dir` already holds."""
+    seed: int = 0
+    device: str = "auto"
+    """auto | cpu | cuda: what this run trains on (auto: CUDA where there is a GPU)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str | None = None
+    """null: a new run · auto: the newest checkpoint of `run_dir` · PATH of a checkpoint."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Raw engine keys, merged last, checked against the engine's own schema."""

@@ -1,0 +1,1 @@
+"""How it is run: commands at the top, the DeepSpeed machinery below them."""

@@ -1,0 +1,1 @@
+"""The machinery under the commands. The only room that imports deepspeed."""

@@ -1,0 +1,114 @@
+"""What a person sees: rank 0's progress on the terminal; everything else goes to one log file per rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+TAIL_LINES = 20
+LINE_EVERY_S = 10.0
+"""Without a terminal (a file, CI) a line of progress at most this often."""
+
+
+class Terminal:
+    """Rank 0 speaks here; the other ranks are silent. Until `capture` the process's own stdout and stderr are used."""
+
+    def __init__(self, first: bool):
+        self.first = first
+        self._log: Path | None = None
+        self._out: IO[str] = sys.stdout
+        self.error: IO[str] = sys.stderr
+        self._saved: tuple[int, int] | None = None
+        self.console = Console(file=self._out, quiet=not first, highlight=False, soft_wrap=True)
+
+    def capture(self, log: Path) -> None:
+        """Send all that this process prints from now on (libraries and C code included) to `log`, but for what is said here."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._log = log
+        self._saved = (os.dup(1), os.dup(2))
+        self._out = os.fdopen(os.dup(self._saved[0]), "w", buffering=1)
+        self.error = os.fdopen(os.dup(self._saved[1]), "w", buffering=1)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        os.close(target)
+        self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
+
+    def release(self) -> None:
+        """Give the process its own stdout and stderr back."""
+        if self._saved is None:
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for saved, fd in zip(self._saved, (1, 2), strict=True):
+            os.dup2(saved, fd)
+            os.close(saved)
+        self._out.close()
+        self.error.close()
+        self._saved, self._out, self.error = None, sys.stdout, sys.stderr
+        self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        self.console.print(text, markup=False)
+
+    def tail(self) -> str:
+        """The last lines of this rank's log, with its path."""
+        if self._log is None or not self._log.exists():
+            return ""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with self._log.open(errors="replace") as file:
+            lines = deque(file, TAIL_LINES)
+        return f"last lines of {self._log}:\n" + "".join(f"  {line}" for line in lines)
+
+
+class Bar:
+    """A progress bar on a terminal, or a line now and then where there is none."""
+
+    def __init__(self, terminal: Terminal, what: str, total: int):
+        self._terminal, self._what, self._total = terminal, what, total
+        self._last = self._start = time.monotonic()
+        self._rich: Progress | None = None
+        if terminal.first and terminal.console.is_terminal:
+            self._rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=terminal.console,
+                transient=False,
+            )
+            self._rich.start()
+            self._task = self._rich.add_task(what, total=total, note="")
+
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        if total is not None:
+            self._total = total
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, note=note, total=self._total)
+            return
+        now = time.monotonic()
+        if done and (now - self._last >= LINE_EVERY_S or done >= self._total):
+            self._last = now
+            left = (now - self._start) / done * (self._total - done)
+            self._terminal.say(f"{self._what} {done}/{self._total}  {note}  {left:.0f} s left")
+
+    def close(self) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+            self._rich = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

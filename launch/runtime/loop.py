@@ -1,0 +1,110 @@
+"""The training loop. There is one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conf.batch import Layout
+from conf.schema import Config
+from launch.runtime.engine import Engine, NonFiniteError
+from recipes.base import Recipe
+
+Row = dict[str, Any]
+
+
+def steps_of(cfg: Config, samples: int) -> int:
+    """Optimizer steps of the run; `epochs` passes over `samples` sequences, the last global batch filled from the next."""
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    return max(1, math.ceil(cfg.train.epochs * samples / cfg.batch.global_size))
+
+
+def sample_indices(step: int, micro_batch: int, rank: int, cfg: Config, layout: Layout) -> range:
+    """Global sample indices of one micro-batch of one data rank. Step s takes [s·G, (s+1)·G), whatever the layout."""
+    first = step * cfg.batch.global_size + (micro_batch * layout.data + rank) * cfg.batch.micro_size
+    return range(first, first + cfg.batch.micro_size)
+
+
+def training_batches(step: int, rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> list[dict[str, np.ndarray]]:
+    """This rank's micro-batches of optimizer step `step`."""
+    return [
+        recipe.collate([recipe.train.row(i) for i in sample_indices(step, m, rank, cfg, layout)], cfg.batch.micro_size)
+        for m in range(cfg.batch.accumulation)
+    ]
+
+
+def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> Iterator[dict[str, np.ndarray]]:
+    """This rank's share of the held-out rows, each row on exactly one rank; ranks out of rows get empty ones.
+
+    Every rank yields equally many micro-batches: under ZeRO-3 a forward pass is a collective call.
+    """
+    size, rows = cfg.eval.micro_size, len(recipe.held_out)
+    for first in range(0, rows, size * layout.data):
+        mine = range(first + rank * size, min(first + (rank + 1) * size, rows))
+        yield recipe.collate([recipe.held_out.row(i) for i in mine], size)
+
+
+@dataclass
+class Outcome:
+    """What a run amounts to."""
+
+    steps: int
+    tokens: int
+    first: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before the first step."""
+    last: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics after the last step."""
+
+
+def run(
+    engine: Engine, recipe: Recipe, cfg: Config, layout: Layout, rank: int, steps: int, log: Callable[[Row], None]
+) -> Outcome:
+    """Train for `steps` optimizer steps, evaluating before the first, every `eval.every` and after the last.
+
+    `log` gets one row per step and one per evaluation (with `split`). Raises NonFiniteError, with step, rank and sample
+    indices, before a bad update reaches the weights.
+    """
+    outcome = Outcome(steps, 0)
+
+    def evaluate(step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = engine.evaluate(held_out_batches(rank, recipe, cfg, layout))
+        log({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
+        return metrics
+
+    outcome.first = outcome.last = evaluate(0)
+    for step in range(steps):
+        started = time.perf_counter()
+        try:
+            result = engine.train_step(training_batches(step, rank, recipe, cfg, layout))
+        except NonFiniteError as error:
+            samples = [list(sample_indices(step, m, rank, cfg, layout)) for m in range(cfg.batch.accumulation)]
+            raise NonFiniteError(
+                f"step {step + 1}, rank {rank}: {error}; this rank's sample indices: {samples}. "
+                "The weights are those of the step before."
+            ) from None
+        seconds = time.perf_counter() - started
+        outcome.tokens += result.tokens
+        log(
+            {
+                "step": step + 1,
+                "loss": result.loss,
+                "lr": result.lr,
+                "grad_norm": result.grad_norm,
+                "tokens": outcome.tokens,
+                "samples": (step + 1) * cfg.batch.global_size,
+                "tokens_per_s": result.tokens / seconds,
+                "step_s": seconds,
+                "peak_memory_bytes": engine.peak_memory_bytes(),
+                **({} if result.applied else {"skipped": True}),
+            }
+        )
+        if step + 1 == steps or (cfg.eval.every and (step + 1) % cfg.eval.every == 0):
+            outcome.last = evaluate(step + 1)
+    return outcome

@@ -1,0 +1,82 @@
+"""Ranks: who this process is, under which launcher, on which device, with how many threads."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all (from the environment the launcher made)."""
+
+    rank: int
+    local_rank: int
+    world: int
+    local_world: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def ranks_from_environment() -> Ranks:
+    """Read what `deepspeed`, `torchrun` or a plain `python` left in the environment (nothing: one rank)."""
+    get = os.environ.get
+    world = int(get("WORLD_SIZE", "1"))
+    return Ranks(
+        rank=int(get("RANK", "0")),
+        local_rank=int(get("LOCAL_RANK", "0")),
+        world=world,
+        # The deepspeed launcher calls it LOCAL_SIZE.
+        local_world=int(get("LOCAL_WORLD_SIZE", get("LOCAL_SIZE", str(world)))),
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def set_environment(ranks: Ranks, device: str) -> None:
+    """Complete the rendezvous variables of a plain `python` start and choose the engine's accelerator.
+
+    Must run before deepspeed is imported: it settles on an accelerator then.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    if ranks.world == 1:
+        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            os.environ.setdefault(key, value)
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+def threads_per_rank(requested: int | None, local_world: int) -> int:
+    """CPU threads of this rank: what was asked for, or an equal share of this machine's usable cores, at least one."""
+    if requested:
+        return requested
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // local_world)
+
+
+def join(ranks: Ranks, device: str, threads: int | None = None):
+    """Start the process group (nccl or gloo) and return this rank's torch.device."""
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(threads_per_rank(threads, ranks.local_world))
+    if device == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def leave() -> None:
+    """Close the process group, if there is one."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

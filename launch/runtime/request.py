@@ -1,0 +1,97 @@
+"""How every command starts and ends: read the request, check it before torch is imported, end with the agreed exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from conf.batch import Layout
+from conf.compose import compose, hydra_passthrough, list_recipes
+from conf.environment import Environment, detect
+from conf.errors import Problem, RequestError
+from conf.schema import Config
+from launch.runtime.processes import Ranks, ranks_from_environment
+from recipes import recipe_class
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: everything that configuration and data files show at a glance is in order."""
+
+    cfg: Config
+    layout: Layout
+    environment: Environment
+    ranks: Ranks
+    own: dict[str, str]
+    """The command's own `key=value` arguments (those named in `own` of `read_request`)."""
+
+    @property
+    def device(self) -> str:
+        return self.environment.device if self.cfg.device == "auto" else self.cfg.device
+
+
+def split_arguments(argv: list[str], own: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """(Hydra overrides, the command's own keys). Drops the `--local_rank=N` that the deepspeed launcher puts first."""
+    overrides, values = [], dict(own)
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if key in ("--local_rank", "--local-rank"):
+            continue
+        if equals and key in own:
+            values[key] = value
+        else:
+            overrides.append(argument)
+    return overrides, values
+
+
+def recipe_listing(command: str) -> str:
+    """What to say when no recipe was named."""
+    width = max(len(name) for name, _ in list_recipes())
+    lines = [f"  +recipe={name:<{width}}  {description}" for name, description in list_recipes()]
+    return "\n".join([f"error: no recipe named; {command} takes one of", *lines])
+
+
+def read_request(argv: list[str], command: str, own: dict[str, str] | None = None) -> Request:
+    """Compose and check a request without importing torch.
+
+    own: the command's own keys with their defaults (`{"world_size": "1"}`). Raises RequestError with every problem at
+    once, or SystemExit when a Hydra flag (--help, --cfg, completion) answered already.
+    """
+    overrides, values = split_arguments(argv, own or {})
+    if (code := hydra_passthrough(overrides)) is not None:
+        raise SystemExit(code)
+    ranks = ranks_from_environment()
+    if not any(argument.lstrip("+").startswith("recipe=") for argument in overrides):
+        if ranks.first:
+            print(recipe_listing(command), file=sys.stderr)
+        raise SystemExit(2)
+    world = ranks.world
+    if "world_size" in values:
+        text = values["world_size"]
+        if not text.isdigit() or int(text) < 1:
+            raise RequestError(Problem("world_size", text, "must be a positive number of ranks", "world_size=8"))
+        world = int(text)
+    environment = detect()
+    cfg = compose(overrides, world, environment)
+    if problems := recipe_class(cfg.task)(cfg).check():
+        raise RequestError(problems)
+    return Request(cfg, Layout.of(world, cfg.parallel), environment, ranks, values)
+
+
+def run_command(main: Callable[[list[str]], int]) -> None:
+    """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else."""
+    ranks = ranks_from_environment()
+    try:
+        code = main(sys.argv[1:])
+    except RequestError as error:
+        if ranks.first:
+            print(error.render(), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        if ranks.first:
+            print("interrupted", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(code)

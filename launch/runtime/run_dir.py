@@ -1,0 +1,73 @@
+"""The run directory: one for all ranks, written by rank 0 alone (but for each rank's own log)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from conf.errors import Problem, RequestError
+
+OWN = ("config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "summary.json", "loss.png")
+OWN_FOLDERS = ("checkpoints", "model", "logs", "tensorboard")
+"""All that a run writes; `overwrite=true` deletes these and nothing else."""
+
+PROBE_BYTES = 1 << 20
+
+
+class RunDir:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+        self.logs = self.path / "logs"
+        self.metrics = self.path / "metrics.jsonl"
+        self.model = self.path / "model"
+
+    def create(self, overwrite: bool, needed_bytes: int = 0) -> None:
+        """Make the folder and show that it can be written and holds enough; replace an old run where asked.
+
+        Raises RequestError (run_dir) when it is read-only, full, or cannot be made. Nothing is deleted before the folder
+        is known to be writable.
+        """
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            probe = self.logs / ".probe"
+            with probe.open("wb") as file:
+                file.write(b"\0" * PROBE_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            probe.unlink()
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            # A failed probe must not stay behind on a full disk.
+            (self.logs / ".probe").unlink(missing_ok=True) if self.logs.is_dir() else None
+            raise RequestError(
+                Problem("run_dir", str(self.path), f"cannot be written: {error.strerror}", "run_dir=FOLDER on a writable disk")
+            ) from None
+        if free < needed_bytes:
+            raise RequestError(
+                Problem(
+                    "run_dir",
+                    str(self.path),
+                    f"the disk has {free / 1e9:.1f} GB free, the run writes about {needed_bytes / 1e9:.1f} GB",
+                    "run_dir=FOLDER on another disk",
+                )
+            )
+        if overwrite:
+            for name in OWN:
+                (self.path / name).unlink(missing_ok=True)
+            for name in OWN_FOLDERS:
+                if name != "logs":
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file whole or not at all."""
+        scratch = self.path / f".{name}.tmp"
+        scratch.write_text(text)
+        scratch.replace(self.path / name)

@@ -1,0 +1,126 @@
+"""One training run from a checked request to a closed run directory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.batch import batch_line
+from conf.compose import to_yaml
+from launch.runtime import processes
+from launch.runtime.console import Bar, Terminal
+from launch.runtime.ds_config import ds_config
+from launch.runtime.metrics import TRACKERS, MetricsLog
+from launch.runtime.request import Request
+from launch.runtime.run_dir import RunDir
+from recipes import recipe_class
+from recipes.base import Recipe
+
+
+def prepare(request: Request, terminal: Terminal) -> Recipe:
+    """Read, tokenise and cache the rows, before any process group exists. One rank works, the others wait for the cache."""
+    recipe = recipe_class(request.cfg.task)(request.cfg)
+    bars: dict[str, Bar] = {}
+
+    def progress(done: int, total: int, what: str) -> None:
+        bar = bars.setdefault(what, Bar(terminal, what, total))
+        bar.update(done, total=total)
+        if done >= total:
+            bar.close()
+
+    try:
+        recipe.prepare(progress)
+    finally:
+        for bar in bars.values():
+            bar.close()
+    return recipe
+
+
+def train(request: Request, terminal: Terminal) -> dict[str, Any]:
+    """Train as requested and return the summary (the content of summary.json). All ranks call it together."""
+    cfg, layout, ranks = request.cfg, request.layout, request.ranks
+    processes.set_environment(ranks, request.device)
+    recipe = prepare(request, terminal)
+    run_dir = RunDir(cfg.run_dir)
+    engine_config = ds_config(cfg, layout, request.device)
+    run_dir.create(cfg.overwrite and ranks.first)
+    terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
+    terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
+    device = processes.join(ranks, request.device, cfg.train.threads)
+    try:
+        return _train(request, recipe, run_dir, engine_config, device, terminal)
+    finally:
+        processes.leave()
+
+
+def _train(
+    request: Request, recipe: Recipe, run_dir: RunDir, engine_config: dict[str, Any], device: Any, terminal: Terminal
+) -> dict[str, Any]:
+    from launch.runtime import loop
+    from launch.runtime.engine import Engine
+    from launch.runtime.export import export
+    from launch.runtime.plots import plot_loss
+
+    cfg, layout, first = request.cfg, request.layout, request.ranks.first
+    if first:
+        run_dir.write_text("config.yaml", to_yaml(cfg))
+        run_dir.write_json("ds_config.json", engine_config)
+    steps = loop.steps_of(cfg, len(recipe.train))
+    engine = Engine(recipe, cfg, layout, engine_config, device, steps)
+    trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
+    metrics = MetricsLog(run_dir.metrics, trackers) if first else None
+    bar = Bar(terminal, "training", steps)
+
+    def log(row: loop.Row) -> None:
+        if metrics is not None:
+            metrics.log(row)
+        if "split" in row:
+            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _perplexity(row))
+        else:
+            bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
+
+    started = time.perf_counter()
+    try:
+        outcome = loop.run(engine, recipe, cfg, layout, request.ranks.rank, steps, log)
+    finally:
+        bar.close()
+        if metrics is not None:
+            metrics.close()
+    seconds = time.perf_counter() - started
+    export(engine, recipe, run_dir.model, first)
+    summary = {
+        "name": cfg.name,
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "train_s": round(seconds, 1),
+        "world_size": layout.world,
+        "held_out_before": outcome.first,
+        "held_out": outcome.last,
+        "model": str(run_dir.model),
+    }
+    if first:
+        loss_png = plot_loss(run_dir.path)
+        summary["sample"] = recipe.sample(run_dir.model)
+        run_dir.write_json("summary.json", summary)
+        terminal.say(_closing(summary, loss_png))
+    return summary
+
+
+def _perplexity(row: dict[str, Any]) -> str:
+    return f", perplexity {row['perplexity']:,.1f}" if "perplexity" in row else ""
+
+
+def _closing(summary: dict[str, Any], loss_png: Path) -> str:
+    before, after = summary["held_out_before"], summary["held_out"]
+    lines = [
+        "",
+        f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{_perplexity(after)}"
+        f"   ({summary['tokens']:,} tokens in {summary['train_s']:.0f} s)",
+        f"curve  {loss_png}",
+        f"model  {summary['model']}",
+    ]
+    if summary["sample"] is not None:
+        lines += ["", "the exported model continues:", *(f"  | {line}" for line in summary["sample"].splitlines())]
+    return "\n".join(lines)

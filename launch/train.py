@@ -1,0 +1,47 @@
+"""Train a recipe: `deepspeed launch/train.py +recipe=NAME key=value …` (or under torchrun, or plain python)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# The launchers put launch/ on sys.path; the rooms are found from the repository root, from any working directory.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.runtime.console import Terminal
+from launch.runtime.request import read_request, run_command
+from launch.runtime.session import train
+
+COMMAND = "launch/train.py"
+
+
+def main(argv: list[str]) -> int:
+    request = read_request(argv, COMMAND)
+    terminal = Terminal(request.ranks.first)
+    try:
+        train(request, terminal)
+    except Exception as error:
+        from conf.errors import RequestError
+
+        if isinstance(error, RequestError):
+            raise
+        traceback.print_exc()
+        if not _caused_by_another_rank(error):
+            terminal.error.write(f"{terminal.tail()}error: rank {request.ranks.rank}: {type(error).__name__}: {error}\n")
+            terminal.error.flush()
+        # Not through the interpreter's exit: it may wait for collectives that the other ranks never join.
+        os._exit(1)
+    finally:
+        terminal.release()
+    return 0
+
+
+def _caused_by_another_rank(error: Exception) -> bool:
+    """Whether this rank only noticed that another one is gone: that one's message is the one to read."""
+    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer"))
+
+
+if __name__ == "__main__":
+    run_command(main)

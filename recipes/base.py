@@ -1,0 +1,94 @@
+"""The Recipe interface: model, rows, loss and metrics of one task. There is one loop, and it knows nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from conf.errors import Problem
+from conf.schema import Config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what) while rows are read and tokenised."""
+
+
+class Rows(Protocol):
+    """Rows of one split: a sized, random-access collection of samples."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Mapping[str, np.ndarray]: ...
+
+
+class Recipe(ABC):
+    """One task.
+
+    The order of calls is `check` (before torch is imported), `prepare` (before the process group exists), then
+    `model_config` / `hf_class` for building, then `collate`, `loss` and `metrics` from the loop.
+    """
+
+    train: Rows
+    """Endless over epochs: `row(i)` takes the global sample index, any i >= 0; `len` is one epoch."""
+    held_out: Rows
+    """Every held-out row exactly once."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+
+    @abstractmethod
+    def check(self) -> list[Problem]:
+        """What is wrong with the data, as far as it shows at a glance (files, columns). Never imports torch."""
+
+    @abstractmethod
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Read, tokenise and cache the rows; afterwards `train` and `held_out` are set.
+
+        Raises RequestError for rows or models that cannot be used, with file and line.
+        """
+
+    @abstractmethod
+    def model_config(self) -> PretrainedConfig:
+        """The transformers configuration of the model, vocabulary included."""
+
+    @abstractmethod
+    def hf_class(self) -> type:
+        """The Auto class that builds and loads the model."""
+
+    @abstractmethod
+    def weights(self) -> Path | None:
+        """Folder of pretrained safetensors, or None for a model from scratch."""
+
+    @abstractmethod
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Look at the built model once: choose the loss that fits it, refuse what it cannot do (RequestError)."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Mapping[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        """A micro-batch of exactly `size` rows; missing ones are filled up with rows that supervise nothing."""
+
+    @abstractmethod
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        """(supervised targets, real unpadded tokens) of a micro-batch: the loss's denominator and the throughput's."""
+
+    @abstractmethod
+    def loss(self, model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Sum (not mean) of the loss over the supervised targets of a micro-batch, a scalar in fp32."""
+
+    @abstractmethod
+    def metrics(self, loss: float, supervised: int) -> dict[str, float]:
+        """Named metrics of an evaluation, `loss` (mean over supervised targets) included."""
+
+    @abstractmethod
+    def save_processor(self, folder: Path) -> None:
+        """Write what turns rows into tensors (the tokenizer) beside an exported model."""
+
+    def sample(self, folder: Path) -> str | None:
+        """Something to read at the end, made by the exported model in `folder`; None when the task has nothing."""
+        return None

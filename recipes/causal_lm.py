@@ -1,0 +1,181 @@
+"""Causal language models: pretraining from scratch and fine-tuning, on plain text, completions or chats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.errors import Problem, RequestError
+from recipes.base import Progress, Recipe
+from recipes.data.packing import collate, empty_row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+NATS_PER_BIT = math.log(2)
+DEFAULT_VOCABULARY = 8192
+
+
+class CausalLM(Recipe):
+    """Predict the next token; the loss is over the supervised tokens only."""
+
+    def check(self) -> list[Problem]:
+        from recipes.data.sources import check
+
+        return check(self.cfg.data)
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        from recipes.data.cache import prepare
+        from recipes.data.order import check_size
+        from recipes.data.tokenizer import load_tokenizer
+        from recipes.models.pretrained import local_folder
+
+        model, data = self.cfg.model, self.cfg.data
+        self._folder = local_folder(model, progress) if model.path else None
+        tokenizer = None
+        if model.tokenizer:
+            tokenizer = load_tokenizer(model.tokenizer)
+        elif self._folder:
+            tokenizer = load_tokenizer(str(self._folder), key="model.path")
+        prepared = prepare(
+            data,
+            tokenizer,
+            seed=self.cfg.seed,
+            vocab_size=data.vocab_size or model.config.get("vocab_size", DEFAULT_VOCABULARY),
+            progress=progress,
+        )
+        self.tokenizer, self.train, self.held_out = prepared.tokenizer, prepared.dataset(), prepared.held_out
+        self.report = prepared.report
+        if problems := self._check_model() + check_size(len(self.train), self.cfg.batch.global_size):
+            raise RequestError(problems)
+
+    def _check_model(self) -> list[Problem]:
+        """What only the model's own configuration can tell: its vocabulary and its positions."""
+        config = self.model_config().get_text_config()
+        problems = []
+        if len(self.tokenizer) > config.vocab_size:
+            problems.append(
+                Problem(
+                    "model.config.vocab_size",
+                    str(config.vocab_size),
+                    f"the tokenizer has {len(self.tokenizer)} tokens, more than the embedding has rows",
+                    f"model.config.vocab_size={-(-len(self.tokenizer) // 64) * 64} or a tokenizer of that size",
+                )
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and self.cfg.data.seq_length > positions:
+            problems.append(
+                Problem(
+                    "data.seq_length",
+                    str(self.cfg.data.seq_length),
+                    f"the model has {positions} positions",
+                    f"data.seq_length={positions}",
+                )
+            )
+        return problems
+
+    def model_config(self) -> PretrainedConfig:
+        from recipes.models.build import scratch_config
+
+        if self._folder:
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+        special = {
+            f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+        }
+        return scratch_config(self.cfg.model, **{"vocab_size": len(self.tokenizer), **self.cfg.model.config, **special})
+
+    def hf_class(self) -> type:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    def weights(self) -> Path | None:
+        return self._folder
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        from torch import nn
+
+        from recipes.models.loss import head_is_last
+        from recipes.models.packed import keeps_documents_apart
+
+        device = next(model.parameters()).device
+        self._head = model.get_output_embeddings()
+        self._fused = self.cfg.train.fused_loss and isinstance(self._head, nn.Linear)
+        self._head_is_last = self._fused and head_is_last(model, model.config.get_text_config().vocab_size, device)
+        if self.cfg.data.packing == "documents" and not keeps_documents_apart(model, device):
+            raise RequestError(
+                Problem(
+                    "data.packing",
+                    "documents",
+                    f"{type(model).__name__} lets packed documents see each other (it does not mask by position_ids)",
+                    "data.packing=none (one row per sequence) or data.packing=blocks (attention across documents)",
+                )
+            )
+
+    def collate(self, rows: Sequence[Mapping[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        length = len(rows[0]["input_ids"]) if rows else self.cfg.data.seq_length
+        filled = [*rows, *(empty_row(length) for _ in range(size - len(rows)))]
+        return collate(filled, self.tokenizer.pad_token_id or 0)
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        from recipes.models.loss import IGNORE
+
+        return int((batch["labels"] != IGNORE).sum()), int(batch["attended"].sum())
+
+    def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from torch.nn import functional as F
+
+        from recipes.models.loss import IGNORE, cross_entropy, linear_cross_entropy, replaced_forward
+
+        labels = batch["labels"]
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        if self.cfg.data.packing == "documents":
+            # No attention_mask: transformers then keeps documents apart by where position_ids restart.
+            inputs["position_ids"] = batch["position_ids"]
+        if not self._fused:
+            logits = model(**inputs).logits
+            return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        supervised = labels != IGNORE
+        targets, head = labels[supervised], self._head
+        if self._head_is_last:
+            with replaced_forward(head, lambda h: linear_cross_entropy(h[supervised], head.weight, head.bias, targets)):
+                return model(**inputs).logits
+        with replaced_forward(head, lambda h: F.linear(h[supervised][None], head.weight, head.bias)):
+            return cross_entropy(model(**inputs).logits[0], targets)
+
+    def metrics(self, loss: float, supervised: int) -> dict[str, float]:
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_token": loss / NATS_PER_BIT}
+
+    def save_processor(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def sample(self, folder: Path) -> str | None:
+        if self.cfg.eval.prompt is None:
+            return None
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        inputs = tokenizer(self.cfg.eval.prompt, return_tensors="pt", return_token_type_ids=False)
+        torch.manual_seed(self.cfg.seed)
+        with torch.no_grad():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=self.cfg.eval.new_tokens,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.9,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            )
+        return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+recipe = CausalLM

@@ -1,0 +1,293 @@
+"""Data made ready for training: tokenised once, kept by content, packed, opened by every rank.
+
+The cache has three kinds of entries: the tokenizer trained on the data, the tokens of each source (independent of the
+sequence length), and the packing of one split of a source. Each is named after everything it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.errors import Problem, RequestError
+from conf.schema import DataConfig
+from recipes.data.encode import Encoder
+from recipes.data.order import MixedDataset, SampleOrder
+from recipes.data.packing import Packing, SequenceSet, Tokens, pack
+from recipes.data.rows import Meter, Problems, Row, column_keys
+from recipes.data.sources import Source, open_sources
+from recipes.data.store import ArrayWriter, Entry, default_cache_dir, entry, writing
+from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Part of every name in the cache: raise it when tokens or packings of the same data would come out differently."""
+SPLITS = ("train", "held_out")
+BATCH_CHARACTERS = 1 << 22
+BATCH_ROWS = 4096
+FORMAT_KEYS = ("kind", "text", "prompt", "completion", "messages", "delimiter", "subset", "split", "eval_split")
+"""Settings of a source that change its rows; where the rows come from is in its fingerprint."""
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what is being done)."""
+
+
+@dataclass
+class Prepared:
+    """Data ready for training.
+
+    train: one set of sequences per source, with its weight. held_out: those of all sources, one after the other.
+    report: documents, tokens, sequences, padding and what was left out, per source and split; JSON values.
+    """
+
+    train: list[SequenceSet]
+    weights: list[float]
+    held_out: SequenceSet
+    tokenizer: PreTrainedTokenizerBase
+    report: dict[str, Any]
+    seed: int
+
+    def order(self) -> SampleOrder:
+        """The order in which training reads the sequences."""
+        return SampleOrder(self.seed, [len(sequences) for sequences in self.train], self.weights)
+
+    def dataset(self) -> MixedDataset:
+        """Training sequences by global sample index."""
+        return MixedDataset(self.train, self.order())
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    seed: int,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Tokenise and pack the data, or open what an earlier run has left in the cache.
+
+    tokenizer: None trains one of `vocab_size` entries on the training split. seed: of the order. Every rank may call
+    this at the same time; one does the work. Raises RequestError with all problems found in the data.
+    """
+    report_to = progress or (lambda done, total, what: None)
+    root = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+    sources = open_sources(data)
+    try:
+        fingerprints = [_fingerprint(source, data) for source in sources]
+        if tokenizer is None:
+            tokenizer = _trained(root, sources, fingerprints, vocab_size, report_to)
+        stores = _tokenised(root, sources, fingerprints, tokenizer, report_to)
+    except OSError as error:
+        raise RequestError(Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")) from error
+    packed = [{split: _packed(root, store, split, data, report_to) for split in SPLITS} for store in stores]
+    _require_sequences(sources, packed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def sequences(parts: list[tuple[Tokens, Packing]]) -> SequenceSet:
+        return SequenceSet(parts, data.seq_length, data.packing, pad)
+
+    train = [sequences([parts["train"]]) for parts in packed]
+    held_out = sequences([parts["held_out"] for parts in packed])
+    report = {
+        "vocab_size": len(tokenizer),
+        "fingerprint": _key(*(store.folder.name for store in stores)),
+        "sources": [_source_report(*item, data) for item in zip(sources, stores, packed, strict=True)],
+    }
+    return Prepared(train, [source.config.weight for source in sources], held_out, tokenizer, report, seed)
+
+
+def _fingerprint(source: Source, data: DataConfig) -> str:
+    settings = {name: getattr(source.config, name) for name in FORMAT_KEYS}
+    return _key(FORMAT, settings, data.held_out, source.fingerprint())
+
+
+def _trained(
+    root: Path, sources: list[Source], fingerprints: list[str], vocab_size: int | None, progress: Progress
+) -> PreTrainedTokenizerBase:
+    """The tokenizer trained on the training split of all sources together."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size is None:
+        raise ValueError("a tokenizer cannot be trained without a vocab_size")
+    chats = [source for source in sources if source.config.messages is not None]
+    if chats:
+        rule = "a tokenizer trained from scratch has no chat template for messages"
+        nearest = "model.tokenizer=NAME of one with a template, or prompt and completion columns"
+        raise RequestError(Problem(f"{s.key}.messages", str(s.config.messages), rule, nearest) for s in chats)
+
+    def build(folder: Path) -> dict[str, Any]:
+        trained = train_tokenizer(_texts(sources, progress), vocab_size)
+        with writing(folder):
+            trained.save_pretrained(str(folder))
+        return {"vocab_size": len(trained)}
+
+    name = _key(FORMAT, tokenizers.__version__, vocab_size, fingerprints)
+    return PreTrainedTokenizerFast.from_pretrained(str(entry(root, f"tokenizer-{name}", build).folder))
+
+
+def _texts(sources: list[Source], progress: Progress) -> Iterator[str]:
+    """Every text of the training split; raises RequestError at the end when rows were broken."""
+    problems = Problems()
+    for source in sources:
+        meter = Meter(source.size())
+        for row in source.read(problems, meter):
+            if not row.held_out:
+                yield from row.content.values()
+                progress(meter.done, meter.total, f"training the tokenizer on {source.name}")
+    problems.raise_any()
+
+
+def _tokenised(
+    root: Path,
+    sources: list[Source],
+    fingerprints: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+) -> list[Entry]:
+    """The tokens of each source; the problems of all sources are raised together."""
+    digest = tokenizer_digest(tokenizer)
+    stores, problems = [], []
+    for source, fingerprint in zip(sources, fingerprints, strict=True):
+
+        def build(folder: Path, source: Source = source) -> dict[str, Any]:
+            return _tokenise(source, tokenizer, folder, progress)
+
+        try:
+            stores.append(entry(root, f"tokens-{_key(FORMAT, fingerprint, digest)}", build))
+        except RequestError as error:
+            problems += error.problems
+    if problems:
+        raise RequestError(problems)
+    return stores
+
+
+def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Write ids, supervised tokens and document offsets of both splits below `folder`; returns their facts."""
+    columns = column_keys(source.config)
+    encoder = Encoder(tokenizer, columns, source.key)
+    plain = "text" in columns
+    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool"})
+    with writing(folder):
+        writers = {(s, a): ArrayWriter(folder / f"{s}.{a}", kind) for s in SPLITS for a, kind in arrays.items()}
+    problems, meter = Problems(), Meter(source.size())
+    try:
+        for split in SPLITS:
+            writers[split, "offsets"].append(np.zeros(1))
+        for batch in _batches(source.read(problems, meter)):
+            for held_out, split in enumerate(SPLITS):
+                encoded = encoder.encode([row for row in batch if row.held_out == bool(held_out)], problems)
+                with writing(folder):
+                    _append(writers, split, encoded, plain)
+            progress(meter.done, meter.total, f"tokenising {source.name}")
+    finally:
+        with writing(folder):
+            for writer in writers.values():
+                writer.close()
+    problems.raise_any()
+    facts: dict[str, Any] = {"plain": plain, "dtype": dtype, "skipped": meter.skipped}
+    for split in SPLITS:
+        documents = writers[split, "offsets"].count - 1
+        if documents == 0:
+            rule = (
+                f"the {split.replace('_', '-')} split has no documents; at least two are needed, one of them held out"
+            )
+            nearest = "" if source.config.kind == "hub" else f"{source.key}.eval_path=FILE"
+            raise RequestError(Problem(source.key, source.name, rule, nearest))
+        facts[split] = {"documents": documents, "tokens": writers[split, "ids"].count}
+    return facts
+
+
+def _append(
+    writers: dict[tuple[str, str], ArrayWriter], split: str, encoded: list[tuple[np.ndarray, np.ndarray]], plain: bool
+) -> None:
+    if not encoded:
+        return
+    lengths = np.array([len(ids) for ids, _ in encoded])
+    writers[split, "offsets"].append(writers[split, "ids"].count + np.cumsum(lengths))
+    writers[split, "ids"].append(np.concatenate([ids for ids, _ in encoded]))
+    if not plain:
+        writers[split, "supervised"].append(np.concatenate([supervised for _, supervised in encoded]))
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Batches large enough to keep all cores busy, small enough to be held."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += sum(map(len, row.content.values()))
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _packed(root: Path, store: Entry, split: str, data: DataConfig, progress: Progress) -> tuple[Tokens, Packing]:
+    """Tokens of one split and how they are packed; the packing is cached too."""
+    plain = store.facts["plain"]
+    supervised = None if plain else store.array(f"{split}.supervised", "bool")
+    tokens = Tokens(
+        store.array(f"{split}.ids", store.facts["dtype"]), supervised, store.array(f"{split}.offsets", "int64")
+    )
+    arrays = {"start": "int64", "length": "int64", "follows": "bool", "rows": "int64", "supervised": "int64"}
+    counts = ("truncated", "unsupervised")
+
+    def build(folder: Path) -> dict[str, Any]:
+        progress(0, tokens.documents, "packing")
+        packing = asdict(pack(tokens, data.seq_length, data.packing, cuttable=plain))
+        with writing(folder):
+            for name, dtype in arrays.items():
+                packing[name].astype(dtype).tofile(folder / name)
+        progress(tokens.documents, tokens.documents, "packing")
+        return {name: packing[name] for name in counts}
+
+    name = _key(FORMAT, store.folder.name, split, data.seq_length, data.packing)
+    found = entry(root, f"packing-{name}", build)
+    fields: dict[str, Any] = {name: found.array(name, dtype) for name, dtype in arrays.items()}
+    return tokens, Packing(**fields, **found.facts)
+
+
+def _require_sequences(sources: list[Source], packed: list[dict[str, tuple[Tokens, Packing]]]) -> None:
+    rule = "no row of the {} split has a supervised token within data.seq_length"
+    problems = [
+        Problem(source.key, source.name, rule.format(split.replace("_", "-")), "a larger data.seq_length")
+        for source, parts in zip(sources, packed, strict=True)
+        for split in SPLITS
+        if not parts[split][1].supervised.any()
+    ]
+    if problems:
+        raise RequestError(problems)
+
+
+def _source_report(
+    source: Source, store: Entry, parts: dict[str, tuple[Tokens, Packing]], data: DataConfig
+) -> dict[str, Any]:
+    report: dict[str, Any] = {"source": source.name, "weight": source.config.weight, "skipped": store.facts["skipped"]}
+    for split in SPLITS:
+        tokens, packing = parts[split]
+        rows, used = len(packing.rows) - 1, int(packing.length.sum())
+        report[split] = {
+            "documents": tokens.documents,
+            "tokens": used,
+            "supervised": int(packing.supervised.sum()),
+            "sequences": rows,
+            "padding": 1 - used / (rows * data.seq_length),
+            "truncated": packing.truncated,
+            "without_supervision": packing.unsupervised,
+        }
+    return report
+
+
+def _key(*parts: Any) -> str:
+    """A name for everything an entry depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,94 @@
+"""Hub data sets: any name that `datasets.load_dataset` knows, also from its cache or a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from conf.errors import Problem, RequestError, did_you_mean
+from recipes.data.readers import Record, good_rows
+from recipes.data.rows import Meter, Problems, Row, column_keys, missing_columns
+from recipes.data.sources import Source, held_out_row
+
+OFFLINE = (
+    "data=jsonl data.path=FILE (or text, csv, parquet) reads local files; a data set that was loaded before is found "
+    "in the cache of HF_HOME, which can be copied from a machine with a network"
+)
+
+
+class HubSource(Source):
+    """Rows of `name`/`subset`: `split` for training, `eval_split` (or a share of `split`) held out."""
+
+    @property
+    def name(self) -> str:
+        return str(self.config.name)
+
+    def check(self) -> list[Problem]:
+        if self.config.name:
+            return []
+        return [
+            Problem(f"{self.key}.name", "null", "hub data needs the name of a data set", f"{self.key}.name=OWNER/NAME")
+        ]
+
+    def fingerprint(self) -> str:
+        return " ".join(split._fingerprint for _, _, split in self._splits())
+
+    def size(self) -> int:
+        return sum(len(split) for _, _, split in self._splits())
+
+    def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
+        splits = self._splits()
+        index = 0
+        for held_out, name, split in splits:
+            origin = f"{self.name}[{name}]"
+            missing = missing_columns(self.config, self.key, split.column_names, origin)
+            if missing:
+                raise RequestError(missing)
+            columns = list(dict.fromkeys(column_keys(self.config).values()))
+            records = _records(split.select_columns(columns).with_format("arrow"), meter)
+            for number, content in good_rows(records, origin, self.config, problems, meter):
+                aside = held_out_row(index, self.held_out) if len(splits) == 1 else held_out
+                yield Row(f"{origin}:{number}", aside, content)
+                index += 1
+
+    def _splits(self) -> list[tuple[bool, str, Any]]:
+        """(held out, name of the split, data set)."""
+        splits = [(False, self.config.split, self._load("split", self.config.split))]
+        if self.config.eval_split is not None:
+            splits.append((True, self.config.eval_split, self._load("eval_split", self.config.eval_split)))
+        return splits
+
+    def _load(self, key: str, split: str) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.name, self.config.subset, split=split)
+        except (ConnectionError, FileNotFoundError, OSError) as error:
+            rule = f"this data set was not found, neither on the hub nor in the cache ({_first_line(error)})"
+            raise RequestError(Problem(f"{self.key}.name", self.name, rule, OFFLINE)) from error
+        except ValueError as error:
+            raise RequestError(self._wrong_choice(key, split, _first_line(error))) from error
+
+    def _wrong_choice(self, key: str, split: str, message: str) -> Problem:
+        """`datasets` says what there is in brackets: Unknown split "x". Should be one of ['train', 'test']."""
+        known = [word.strip(" '\"") for word in message[message.find("[") + 1 : message.rfind("]")].split(",")]
+        value = self.config.subset or ""
+        if "split" in message.lower() and split in message:
+            value = split
+        else:
+            key = "subset"
+        nearest = did_you_mean(value, known) or known[0]
+        return Problem(f"{self.key}.{key}", value, message, f"{self.key}.{key}={nearest}" if nearest else "")
+
+
+def _records(split: Any, meter: Meter) -> Iterator[Record]:
+    number = 0
+    for table in split.iter(batch_size=1024):
+        for record in table.to_pylist():
+            number += 1
+            yield number, record
+        meter.done += table.num_rows
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,218 @@
+"""Reading one file: lines, records and documents, with FILE:LINE for everything that is broken."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tokenize
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from conf.errors import Problem, did_you_mean
+from conf.schema import SourceConfig
+from recipes.data.rows import Meter, Problems, check_content, column_keys, is_empty
+
+GZIP_MAGIC = b"\x1f\x8b"
+BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+Record = tuple[int, dict[str, Any]]
+"""(line or row number counted from 1, columns)."""
+
+
+def open_bytes(path: Path) -> tuple[IO[bytes], IO[bytes]]:
+    """(decompressed stream, raw file): the position of the raw file tells how far reading has come."""
+    raw = path.open("rb")
+    zipped = raw.read(2) == GZIP_MAGIC
+    raw.seek(0)
+    return (gzip.GzipFile(fileobj=raw) if zipped else raw), raw  # type: ignore[return-value]
+
+
+def read_document(path: Path, problems: Problems) -> str | None:
+    """The whole file as UTF-8 text; None (and a problem) when it cannot be read."""
+    stream, raw = open_bytes(path)
+    try:
+        with raw, stream:
+            data = stream.read()
+    except BROKEN_GZIP as error:
+        problems.add(_broken_gzip(path, error))
+        return None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problems.add(_broken_utf8(f"{path}:{line}", error, f"byte {error.start} of the file"))
+        return None
+
+
+def read_python(path: Path) -> str | None:
+    """A Python source file in the encoding it declares (PEP 263); None when it cannot be decoded."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def read_records(kind: str, path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+    """Good rows of a jsonl, csv or parquet file as in `good_rows`; `meter` follows the position in the file."""
+    read = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}[kind]
+    return good_rows(read(path, source, problems, meter), str(path), source, problems, meter)
+
+
+def good_rows(
+    records: Iterable[Record], origin: str, source: SourceConfig, problems: Problems, meter: Meter
+) -> Iterator[Record]:
+    """(number, {"text": …} or {"prompt", "completion"} or {"messages"}) of each record that is right.
+
+    Broken ones go to `problems` as `origin:number`, empty ones are counted in `meter`.
+    """
+    columns = column_keys(source)
+    for number, record in records:
+        where = f"{origin}:{number}"
+        missing = [column for column in columns.values() if column not in record]
+        for column in missing:
+            near = did_you_mean(column, record)
+            hint = f"did you mean '{near}'?" if near else ""
+            problems.add(Problem(where, "", f"no column '{column}'; this row has: {', '.join(record) or 'none'}", hint))
+        if missing:
+            continue
+        content = {name: record[column] for name, column in columns.items()}
+        broken = check_content(content, where, columns)
+        for problem in broken:
+            problems.add(problem)
+        if broken:
+            continue
+        if is_empty(content):
+            meter.skip("empty rows")
+            continue
+        yield number, content
+
+
+def first_columns(kind: str, path: Path, source: SourceConfig, problems: Problems) -> list[str] | None:
+    """Columns of the first row (jsonl), the header (csv) or the schema (parquet); None when the file has no row."""
+    if kind == "parquet":
+        file = _open_parquet(path, problems)
+        return None if file is None or file.metadata.num_rows == 0 else list(file.schema_arrow.names)
+    if kind == "csv":
+        lines = (text for _, text in _lines(path, problems, Meter()))
+        try:
+            header = next(csv.reader(lines, delimiter=delimiter(source), strict=True), None)
+        except csv.Error as error:
+            problems.add(Problem(f"{path}:1", "", f"not a CSV header ({error})"))
+            return None
+        return header
+    for _, record in _jsonl(path, source, problems, Meter()):
+        return list(record)
+    return None
+
+
+def _lines(path: Path, problems: Problems, meter: Meter) -> Iterator[tuple[int, str]]:
+    """(line number, line with its end), decoded line by line, so that a broken one does not hide the rest."""
+    stream, raw = open_bytes(path)
+    start = meter.done
+    with raw, stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    problems.add(_broken_utf8(f"{path}:{number}", error, f"byte {error.start} of the line"))
+                meter.done = start + raw.tell()
+        except BROKEN_GZIP as error:
+            problems.add(_broken_gzip(path, error))
+
+
+def _jsonl(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+    for number, line in _lines(path, problems, meter):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.add(Problem(f"{path}:{number}", "", f"not valid JSON: {error.msg} at column {error.colno}"))
+            continue
+        except RecursionError:
+            problems.add(Problem(f"{path}:{number}", "", "not valid JSON: nested too deeply"))
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            problems.add(Problem(f"{path}:{number}", "", "a line must be a JSON object", '{"text": "…"}'))
+
+
+def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the module's default of 128 KiB is less than a long document
+    fed: list[int] = []  # numbers of the lines that make up the current row: a quoted field may span several
+
+    def feed() -> Iterator[str]:
+        for number, text in _lines(path, problems, meter):
+            fed.append(number)
+            yield text
+
+    reader = csv.reader(feed(), delimiter=delimiter(source), strict=True)
+    header: list[str] | None = None
+    while True:
+        fed.clear()
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            problems.add(Problem(f"{path}:{fed[0]}", "", f"not valid CSV: {error}"))
+            continue
+        if fields is None:
+            return
+        if header is None:
+            header = fields
+        elif len(fields) == len(header):
+            yield fed[0], dict(zip(header, fields, strict=True))
+        elif fields:  # the csv module gives an empty list for a blank line
+            rule = f"{len(fields)} columns, the header has {len(header)} ({', '.join(header)})"
+            problems.add(Problem(f"{path}:{fed[0]}", "", rule, "quote fields that contain the delimiter"))
+
+
+def _parquet(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+    import pyarrow
+
+    file = _open_parquet(path, problems)
+    if file is None:
+        return
+    wanted = [column for column in column_keys(source).values() if column in file.schema_arrow.names]
+    size, start, number = path.stat().st_size, meter.done, 0
+    try:
+        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+            meter.done = start + size * number // max(file.metadata.num_rows, 1)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        problems.add(Problem(str(path), "", f"the parquet file is damaged after row {number} ({_first_line(error)})"))
+
+
+def _open_parquet(path: Path, problems: Problems) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        problems.add(Problem(str(path), "", f"not a readable parquet file ({_first_line(error)})"))
+        return None
+
+
+def delimiter(source: SourceConfig) -> str:
+    r"""The delimiter, where a tab may be written as `\t`, which is what reaches us from a command line."""
+    return "\t" if source.delimiter == "\\t" else source.delimiter
+
+
+def _broken_utf8(where: str, error: UnicodeDecodeError, position: str) -> Problem:
+    byte = error.object[error.start]
+    return Problem(where, "", f"not valid UTF-8: byte 0x{byte:02x} at {position}", "iconv -f ENCODING -t UTF-8")
+
+
+def _broken_gzip(path: Path, error: BaseException) -> Problem:
+    return Problem(str(path), "", f"the gzip file is damaged ({_first_line(error)})")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

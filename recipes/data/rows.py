@@ -1,0 +1,133 @@
+"""A row, the columns it is made of, and the collector of everything that is wrong with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.errors import Problem, RequestError, did_you_mean
+from conf.schema import SourceConfig
+
+MAX_PROBLEMS = 20
+"""Broken lines reported at once; a file in the wrong format would otherwise report each of its lines."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document.
+
+    where: `FILE` or `FILE:LINE`, for messages.
+    held_out: belongs to the held-out split.
+    content: `{"text": str}`, `{"prompt": str, "completion": str}` or `{"messages": [{"role", "content"}, …]}`.
+    """
+
+    where: str
+    held_out: bool
+    content: dict[str, Any]
+
+
+class Problems:
+    """Collects broken rows and raises them together: at the end, or as soon as there are MAX_PROBLEMS."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def add(self, problem: Problem) -> None:
+        """Keep one more; raises RequestError when the list is full."""
+        self.found.append(problem)
+        if len(self.found) >= MAX_PROBLEMS:
+            raise RequestError(
+                [*self.found, Problem("…", "", f"stopped after {MAX_PROBLEMS} problems; there may be more")]
+            )
+
+    def raise_any(self) -> None:
+        """Raise RequestError when anything was collected."""
+        if self.found:
+            raise RequestError(self.found)
+
+
+@dataclass
+class Meter:
+    """How far reading has come, in bytes (files) or rows (hub), and what was passed over on the way."""
+
+    total: int = 0
+    done: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    """What was left out and how often, such as `empty rows`."""
+
+    def skip(self, what: str) -> None:
+        """Count something that is left out without being an error."""
+        self.skipped[what] = self.skipped.get(what, 0) + 1
+
+
+def column_keys(source: SourceConfig) -> dict[str, str]:
+    """The configuration key of each column this source reads: {"text": "text"}, {"prompt": …, "completion": …}, …
+
+    Maps the name inside a row to the column in the data; `messages` wins over `prompt`/`completion` over `text`.
+    """
+    if source.messages is not None:
+        return {"messages": source.messages}
+    if source.prompt is not None or source.completion is not None:
+        return {"prompt": source.prompt or "", "completion": source.completion or ""}
+    return {"text": source.text}
+
+
+def missing_columns(source: SourceConfig, key: str, present: Iterable[str], where: str) -> list[Problem]:
+    """One problem per column that the configuration names and the data does not have. `key`: `data` or one source's."""
+    names = [str(name) for name in present]
+    return [
+        Problem(
+            f"{key}.{name}",
+            column,
+            f"{where} has no such column; it has: {', '.join(names) or 'none'}",
+            f"{key}.{name}={did_you_mean(column, names) or names[0]}" if names else "",
+        )
+        for name, column in column_keys(source).items()
+        if column not in names
+    ]
+
+
+def check_content(content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+    """What is wrong with the values of one row: text that is no string, chats that are no list of role and content."""
+    if "messages" in content:
+        return _check_messages(content["messages"], where, columns["messages"])
+    return [
+        Problem(where, "", f"column '{columns[name]}' must be a string, it is {_kind(value)}")
+        for name, value in content.items()
+        if not isinstance(value, str)
+    ]
+
+
+def is_empty(content: dict[str, Any]) -> bool:
+    """Whether there is nothing to learn in this row: no text, an empty completion, or a chat without turns."""
+    return not (content["messages"] if "messages" in content else content.get("text", content.get("completion")))
+
+
+def _check_messages(messages: Any, where: str, column: str) -> list[Problem]:
+    if not isinstance(messages, list):
+        return [Problem(where, "", f"column '{column}' must be a list of messages, it is {_kind(messages)}")]
+    problems = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            problems.append(
+                Problem(where, "", f"message {number} must have a role and a content, it is {_kind(message)}")
+            )
+            continue
+        for part in ("role", "content"):
+            if part not in message:
+                nearest = did_you_mean(part, message) or ", ".join(map(str, message))
+                rule = f"message {number} has no '{part}'; it has: {nearest or 'nothing'}"
+                problems.append(Problem(where, "", rule, '{"role": "user", "content": "…"}'))
+            elif not isinstance(message[part], str):
+                rule = f"'{part}' of message {number} must be a string, it is {_kind(message[part])}"
+                problems.append(Problem(where, "", rule))
+    return problems
+
+
+def _kind(value: Any) -> str:
+    """The type of a value in the words of JSON."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
+    return names.get(type(value), type(value).__name__)

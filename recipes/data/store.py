@@ -1,0 +1,140 @@
+"""Folders that are either complete or not there: built by one process, opened by all, rebuilt when damaged.
+
+An entry is written into a folder beside its place, synchronised and renamed. Its manifest lists every file with its
+size, so an entry that was cut short, by a full disk or by hand, is noticed. Ranks that start together build it once:
+a file lock lets one of them in, the others wait and then open what it has written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.errors import Problem, RequestError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A complete folder. facts: what its builder returned, JSON values."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    def array(self, name: str, dtype: str) -> np.ndarray:
+        """A flat array of the entry, memory-mapped and read-only."""
+        path = self.folder / name
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, "r"))
+
+
+class ArrayWriter:
+    """Writes a flat array in parts, without ever holding it."""
+
+    def __init__(self, path: Path, dtype: str):
+        self.file, self.dtype, self.count = path.open("wb"), np.dtype(dtype), 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Add (n,) values; they are converted to the dtype of the array."""
+        self.file.write(np.ascontiguousarray(values, self.dtype).data)
+        self.count += len(values)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/deepspeed_recipes, or ~/.cache/deepspeed_recipes."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "deepspeed_recipes"
+
+
+def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
+    """The entry `name` below `root`; `build(folder)` writes its files and returns its facts when there is none yet.
+
+    Raises RequestError when `root` cannot be written or the disk is full.
+    """
+    from filelock import FileLock
+
+    folder = root / name
+    found = _open(folder)
+    if found is not None:
+        return found
+    with _writable(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"{name}.lock")
+        lock.acquire()
+    try:
+        found = _open(folder)  # another process may have built it while this one waited
+        if found is not None:
+            return found
+        with _writable(root):
+            for stale in [folder, *root.glob(f"{PARTIAL}{name}-*")]:
+                shutil.rmtree(stale, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{name}-", dir=root))
+        try:
+            facts = build(partial)
+            with _writable(root):
+                _finish(partial, facts)
+                os.replace(partial, folder)
+                _synchronise(root)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        lock.release()
+    return Entry(folder, facts)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failing write below an entry's folder `path` into a RequestError about the cache folder."""
+    with _writable(path.parent):
+        yield
+
+
+@contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        rule = f"tokenised data cannot be written there ({error.strerror or error})"
+        raise RequestError(Problem("data.cache_dir", str(root), rule, "data.cache_dir=FOLDER")) from error
+
+
+def _open(folder: Path) -> Entry | None:
+    """The entry, or None when it is not there or its files have other sizes than they were written with."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return Entry(folder, manifest["facts"]) if complete else None
+
+
+def _finish(folder: Path, facts: dict[str, Any]) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    manifest = json.dumps({"files": files, "facts": facts}, indent=2)
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        _synchronise(path)
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Tokenizers: a byte-level BPE trained on the data, or one that is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.errors import Problem, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+BYTES = 256
+
+# Read by the `tokenizers` library at its first parallel call; without it a process that forks later
+# (data workers, ranks) switches the threads off with a warning.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE; `<|endoftext|>` (id 0) begins, ends and pads.
+
+    Every string can be encoded and comes back unchanged from decoding. The same texts give the same tokenizer.
+    The vocabulary is smaller than `vocab_size` when the texts have fewer pairs to merge.
+    Raises RequestError when `vocab_size` does not even hold the 256 bytes and `<|endoftext|>`.
+    """
+    if vocab_size < BYTES + 1:
+        rule = f"a byte-level vocabulary holds the {BYTES} bytes and {END_OF_TEXT}, at least {BYTES + 1} entries"
+        raise RequestError(Problem("data.vocab_size", str(vocab_size), rule, f"data.vocab_size={BYTES + 1}"))
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,  # cleaning would take spaces out of " ." and so not give the text back
+    )
+
+
+def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or local folder; `key` names the setting in the RequestError when there is none."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(path).is_dir():
+            files = ", ".join(sorted(entry.name for entry in Path(path).iterdir())[:8]) or "nothing"
+            nearest = f"a folder with tokenizer.json; this one has: {files}"
+        else:
+            nearest = f"{key}=FOLDER, or a name already in the cache of HF_HOME when there is no network"
+        raise RequestError(Problem(key, path, f"no tokenizer could be loaded from it ({reason})", nearest)) from error
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes whenever the tokenizer would give other tokens for some row."""
+    template = tokenizer.chat_template
+    settings = {"specials": tokenizer.special_tokens_map, "template": template, "class": type(tokenizer).__name__}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        del model["truncation"], model["padding"]  # left behind by the latest call, not part of the tokenizer
+        digest.update(json.dumps(model, sort_keys=True).encode())
+        return digest.hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sorted(tokenizer.save_pretrained(folder)):
+            if Path(name).is_file():
+                digest.update(Path(name).read_bytes())
+    return digest.hexdigest()

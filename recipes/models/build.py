@@ -1,0 +1,141 @@
+"""Hugging Face models from scratch or from their safetensors, block by block, with the same values in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from conf.errors import Problem, RequestError
+from conf.schema import ModelConfig
+
+Place = Callable[[list[nn.Parameter]], None]
+"""Called with a block's parameters once they are whole and final; may shard them (ZeRO-3)."""
+
+
+def package_folder(path: str) -> Path | None:
+    """The folder of an installed package for `package:NAME`, else None. Does not import the package."""
+    if not path.startswith("package:"):
+        return None
+    spec = importlib.util.find_spec(path.removeprefix("package:"))
+    if spec is None or spec.origin is None:
+        raise RequestError(Problem("model.path", path, "no such installed Python package", "pip install it first"))
+    return Path(spec.origin).parent
+
+
+def scratch_config(model: ModelConfig, **overrides: Any) -> PretrainedConfig:
+    """The transformers configuration of a new model: `model.config` over the defaults of `model.type`."""
+    return AutoConfig.for_model(model.type, **{**model.config, **overrides, "use_cache": False})
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The units a model is built in: elements of its layer lists whole, everything else module by module.
+
+    A family may initialise a layer's weights from the layer (GPT-2 scales `c_proj` there), so a layer stays one unit.
+    Children come before their parents.
+    """
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(module, nn.ModuleList):
+                yield path, child
+            else:
+                yield from walk(path, child)
+        if not isinstance(module, nn.ModuleList):
+            yield prefix, module
+
+    yield from walk("", model)
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+
+def _materialise(module: nn.Module, device: torch.device, recurse: bool) -> None:
+    """Give the meta parameters of `module` memory; tied parameters stay one object within the call."""
+    for child in module.modules() if recurse else [module]:
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.is_meta:
+                fresh = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+                fresh.__dict__.update(parameter.__dict__)
+                fresh._is_hf_initialized = False
+                setattr(child, name, fresh)
+
+
+def from_scratch(
+    hf_class: type,
+    config: PretrainedConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    place: Place | None = None,
+) -> PreTrainedModel:
+    """A new model with the family's own initialisation.
+
+    Built on the meta device and filled block by block; each block draws from a generator seeded by (seed, its name), so
+    the values depend neither on the layout nor on the order. `place` is called after each block and may shard it: no more
+    than one whole block is ever in memory.
+    """
+    from accelerate import init_empty_weights
+
+    # Buffers (rotary frequencies, causal masks) are computed for real: they are small, and not every family can redo them.
+    with init_empty_weights(include_buffers=False):
+        model = hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
+    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True)) if hasattr(model, "all_tied_weights_keys") else ()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        for name, block in blocks(model):
+            whole = name.rpartition(".")[2].isdigit()
+            own = {f"{name}.{key}" if name else key for key, _ in block.named_parameters(recurse=whole)}
+            if own and own <= set(tied):
+                continue  # a tied head: tie_weights() below points it at the embedding
+            _materialise(block, device, recurse=whole)
+            torch.manual_seed(_seed(seed, name))
+            for module in reversed(list(block.modules())) if whole else [block]:
+                module._is_hf_initialized = False
+                model._initialize_weights(module)
+            if place is not None:
+                place([parameter for _, parameter in block.named_parameters(recurse=whole)])
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise RuntimeError(f"{type(model).__name__}: parameters without memory after building: {left[:5]}")
+    return model.to(device) if device.type != "cpu" and place is None else model
+
+
+def from_pretrained(hf_class: type, folder: Path, *, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """A model with the weights of `folder` (safetensors; never pickles of strangers, never their code)."""
+    model = hf_class.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
+    )
+    model.config.use_cache = False
+    return model
+
+
+def checkpoint_layers(model: PreTrainedModel, every: int) -> None:
+    """Recompute the activations of every n-th layer in backward (0: none), with the model's own layer checkpointing."""
+    if not every:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile each layer in place: the layers share one compiled graph, and hooks between them stay intact."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()

@@ -1,0 +1,86 @@
+"""Where pretrained weights are: a local folder, the hub, or a GGUF file that is converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conf.errors import Problem, RequestError
+from conf.schema import ModelConfig
+from recipes.base import Progress
+
+CONVERT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, file, out = sys.argv[1:]
+AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).save_pretrained(out)
+AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
+"""
+
+
+def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
+    """The folder with config, safetensors and tokenizer of `model.path`; downloads or converts on first use.
+
+    Raises RequestError when there is no such model, no network, or no weights in safetensors.
+    """
+    from recipes.models.build import package_folder
+
+    folder = package_folder(model.path) or Path(model.path).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(model.path)
+    return _from_gguf(folder, model.gguf_file, progress) if model.gguf_file else folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]))
+    except HFValidationError:
+        rule, nearest = "neither a local folder nor a hub name", "model.path=./FOLDER or model.path=OWNER/NAME"
+    except LocalEntryNotFoundError:
+        rule = "not in the local cache, and the hub cannot be reached"
+        nearest = "a local folder, model.path=package:NAME, or run once with a network (HF_HOME keeps it)"
+    except HfHubHTTPError as error:
+        rule, nearest = f"the hub refuses: {str(error).splitlines()[0]}", "log in with `hf auth login`, or a local folder"
+    except OSError as error:
+        rule, nearest = f"cannot be fetched: {error}", "a local folder"
+    raise RequestError(Problem("model.path", name, rule, nearest))
+
+
+def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
+    """Dequantise a GGUF file to safetensors, once, in the cache.
+
+    In a process of its own: converting takes the whole model in memory, which no rank ever does under ZeRO-3.
+    """
+    from filelock import FileLock
+
+    from recipes.data.cache import cache_root
+
+    source = folder / file
+    status = source.stat()
+    key = hashlib.sha256(f"{source.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_root() / "models" / f"{source.stem}-{key}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return target
+        if progress:
+            progress(0, 1, f"converting {file}")
+        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", CONVERT, str(folder), file, str(scratch)],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise RequestError(Problem("model.gguf_file", file, f"cannot be read as GGUF: {reason}"))
+        scratch.rename(target)
+        if progress:
+            progress(1, 1, f"converting {file}")
+    return target

@@ -1,0 +1,235 @@
+"""The shape of any Hugging Face causal LM: its tensors, and what one sequence leaves behind for backward.
+
+The model is built on the meta device, where tensors have shapes and no memory: nothing is loaded, an 8B model takes
+seconds. What backward will need is not guessed per family either: a forward pass over meta tensors is watched by
+`torch.autograd.graph.saved_tensors_hooks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from conf.errors import Problem, RequestError
+from conf.schema import DataConfig, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "bf16_autocast": "float32"}
+"""torch dtype of the parameters of each `precision.name`."""
+TRACED = "recipes_traced"
+"""Names under which the traced attention is registered with transformers start so."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one sequence keeps for backward (batch 1; everything here is proportional to the micro batch)."""
+
+    layers: tuple[int, ...]
+    """Of each decoder layer, its input included."""
+    boundary: int
+    """The hidden states between two layers: all that is left of a checkpointed one."""
+    outside: int
+    """Embedding, positions, last norm: what is kept outside the layers, the head excluded."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal LM in numbers. Counts are in elements, tied parameters counted once."""
+
+    model_type: str
+    parameters: int
+    embedding: int
+    """Lookup tables: token, position and type embeddings; a tied head is this one."""
+    head: int
+    """The output matrix; 0 when it is tied to the embedding."""
+    layer_parameters: tuple[int, ...]
+    """Of each decoder layer."""
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name, shape) of every parameter."""
+    tied: bool
+    vocab: int
+    hidden: int
+    intermediate: int | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int | None
+    activations: Activations | None
+    """None for a family whose forward pass looks at values (experts chosen by the data), which meta tensors have not."""
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_parameters)
+
+
+def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelShape:
+    """The shape of the model that this configuration trains, at `data.seq_length` and the parameter dtype of `precision`.
+
+    Raises RequestError (model.*) for a type, an attribute, a folder or a hub name that transformers cannot make a causal
+    LM of.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    config = _config(model, data)
+    attention = _register_traced(model.attention, data.packing)
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=attention
+            )
+        network.tie_weights()
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise RequestError(
+            Problem("model", config.model_type, f"transformers cannot build a causal LM of it: {error}")
+        ) from error
+    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    text = config.get_text_config()
+    head = network.get_output_embeddings()
+    tied = head is not None and head.weight is network.get_input_embeddings().weight
+    heads = text.num_attention_heads
+    return ModelShape(
+        model_type=config.model_type,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        embedding=_embedding(network),
+        head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
+        layer_parameters=tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
+        tensors=tuple((name, tuple(parameter.shape)) for name, parameter in network.named_parameters()),
+        tied=tied,
+        vocab=text.vocab_size,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None),
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        activations=_trace(network, layers, data.seq_length),
+    )
+
+
+def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
+    """The transformers configuration; a new model without a vocabulary gets that of the tokenizer to be trained."""
+    from transformers import AutoConfig
+
+    if model.path is None:
+        vocabulary = {} if "vocab_size" in model.config else {"vocab_size": data.vocab_size or 4096}
+        try:
+            return AutoConfig.for_model(model.type, **{**model.config, **vocabulary, "use_cache": False})
+        except (ValueError, TypeError, KeyError) as error:
+            raise RequestError(Problem("model", str(model.type), f"transformers refuses this configuration: {error}")) from error
+    from recipes.models.build import package_folder
+
+    folder = package_folder(model.path) or model.path
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RequestError(
+            Problem("model.path", model.path, f"no model configuration there: {reason}", "a local folder or package:NAME")
+        ) from error
+    config.use_cache = False
+    return config
+
+
+def _embedding(network: PreTrainedModel) -> int:
+    from torch import nn
+
+    tables = {id(module.weight): module.weight.numel() for module in network.modules() if isinstance(module, nn.Embedding)}
+    return sum(tables.values())
+
+
+def _register_traced(attention: str, packing: str) -> str:
+    """Register an attention that keeps for backward what the real one keeps, and works on meta tensors.
+
+    Fused kernels keep query, key, value, output and one fp32 number per row (FlashAttention, Dao et al. 2022, alg. 1),
+    never the S×S scores; torch's SDPA on meta tensors would show the scores of its reference path instead. For packed
+    documents transformers hands SDPA a mask: torch turns it from bool into the query's dtype anew in each layer, and
+    grouped keys and values are then repeated to all heads. `eager` keeps the probabilities, in fp32 and in its dtype.
+    """
+    import torch
+    from transformers import AttentionInterface
+
+    eager = attention == "eager"
+    masked = attention == "sdpa" and packing == "documents"
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+            batch, heads, rows, _ = query.shape
+            scores = (batch, heads, rows, key.shape[2])
+            # heads next to each other, as the kernels write it: what the output projection reads is the same memory
+            out = query.new_empty(batch, rows, heads, value.shape[-1])
+            kept = [query, key, value]
+            if eager:
+                kept += [query.new_empty(scores, dtype=dtype) for dtype in {torch.float32, query.dtype}]
+            else:
+                kept += [out, query.new_empty(scores[:3], dtype=torch.float32)]
+            if masked:
+                kept.append(query.new_empty(batch, 1, *scores[2:]))
+            ctx.save_for_backward(*kept)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise NotImplementedError("traced on meta tensors, never run backwards")
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> Any:
+        if (masked or eager) and key.shape[1] != query.shape[1]:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+        return Kept.apply(query, key, value), None
+
+    # No mask function under this name: transformers then builds no mask, which would look at values. One name for each
+    # behaviour: transformers may go on using what was first registered under a name.
+    name = f"{TRACED}_{'eager' if eager else 'masked' if masked else 'fused'}"
+    AttentionInterface.register(name, attend)
+    return name
+
+
+def _trace(network: PreTrainedModel, layers: list[torch.nn.Module], seq_length: int) -> Activations | None:
+    """What a forward pass over one sequence of `seq_length` tokens saves for backward, by layer."""
+    import torch
+
+    weights = [parameter.untyped_storage() for parameter in network.parameters()]
+    seen: dict[int, Any] = {storage._cdata: storage for storage in weights}
+    saved = [0] * (len(layers) + 1)  # the last one: outside of the layers
+    boundary = 0
+    where = len(layers)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage  # held, so that its address is not given away again
+            saved[where] += storage.nbytes()
+        return tensor
+
+    def entering(index: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal where, boundary
+            where = index
+            hidden = args[0] if args else kwargs["hidden_states"]
+            boundary = max(boundary, hidden.numel() * hidden.element_size())
+
+        return hook
+
+    def leaving(*_: Any) -> None:
+        nonlocal where
+        where = len(layers)
+
+    handles = [layer.register_forward_pre_hook(entering(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    handles += [layer.register_forward_hook(leaving) for layer in layers]
+    network.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network.base_model(input_ids=torch.zeros(1, seq_length, dtype=torch.long, device="meta"), use_cache=False)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None  # "Tensor.item() cannot be called on meta tensors" and its relatives
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Activations(tuple(saved[:-1]), boundary, saved[-1]) if boundary else None
