@@ -1,4 +1,4 @@
-"""Layout and batch arithmetic: world = data × tensor × pipeline × sequence, and the batch triangle over the data ranks."""
+"""Layout and batch arithmetic: world = data × tensor × pipeline × sequence, and the batch triangle over data ranks."""
 
 from __future__ import annotations
 
@@ -90,13 +90,10 @@ def resolve_batch(batch: BatchConfig, layout: Layout) -> BatchConfig:
         raise RequestError(wrong)
     if len(given) < 2:
         raise RequestError(_too_few(given, layout.data))
-    size, micro, steps = batch.global_size, batch.micro_size, batch.accumulation
-    if size is None:
-        size = micro * steps * layout.data
-    elif micro is None:
-        micro = max(1, size // (steps * layout.data))
-    elif steps is None:
-        steps = max(1, size // (micro * layout.data))
+    # Where the division leaves a rest the third side is rounded down, so that the product differs and is refused below.
+    micro = given.get("micro_size") or max(1, given["global_size"] // (given["accumulation"] * layout.data))
+    steps = given.get("accumulation") or max(1, given["global_size"] // (micro * layout.data))
+    size = given.get("global_size") or micro * steps * layout.data
     if micro * steps * layout.data != size:
         raise RequestError(_does_not_multiply(given, (size, micro, steps), layout))
     return BatchConfig(global_size=size, micro_size=micro, accumulation=steps)
@@ -123,8 +120,9 @@ def _does_not_multiply(given: dict[str, int], asked: tuple[int, int, int], layou
     if size % layout.data and len(given) == 2:
         why = f"{size} sequences cannot be divided over {ranks}"
     else:
-        factors = [f"{given[key]} {unit}" for key, unit in (("micro_size", "micro"), ("accumulation", "accumulation")) if key in given]
-        product = math.prod(given.get(key, 1) for key in ("micro_size", "accumulation")) * layout.data
+        units = {"micro_size": "micro", "accumulation": "accumulation"}
+        factors = [f"{given[key]} {unit}" for key, unit in units.items() if key in given]
+        product = math.prod(given.get(key, 1) for key in units) * layout.data
         verb = "is not" if len(given) == 3 else "is not a multiple of"
         why = f"{size} {verb} {' × '.join([*factors, ranks])} = {product}"
     nearest = [
@@ -152,9 +150,9 @@ def nearest_triples(
                 found.add((m * a * data, m, a))
 
     def distance(triple: tuple[int, int, int]) -> tuple[int, float, tuple[int, int, int]]:
-        named = dict(zip(("global_size", "micro_size", "accumulation"), triple))
+        named = dict(zip(("global_size", "micro_size", "accumulation"), triple, strict=True))
         changed = sum(named[key] != value for key, value in given.items())
-        return changed, sum(abs(math.log(new / old)) for new, old in zip(triple, asked)), triple
+        return changed, sum(abs(math.log(new / old)) for new, old in zip(triple, asked, strict=True)), triple
 
     return sorted(found, key=distance)[:count]
 

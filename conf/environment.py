@@ -1,4 +1,4 @@
-"""What this machine has, as far as it can be known without torch. Rules take it as an argument; tests inject their own."""
+"""What this machine has, as far as that shows without torch. Rules take it as an argument; tests bring their own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def detect() -> Environment:
     """The environment of this process. Takes a few milliseconds without a GPU, one `nvidia-smi` with one."""
     cpu_fp16 = bool(_cpu_flags() & CPU_FP16_FLAGS)
     gpus = _gpus() if _torch_has_cuda() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else []
-    # Same thresholds as the engine's cuda_accelerator.py (0.19.8); an unknown capability is not held against the device.
+    # The thresholds of the engine's cuda_accelerator.py (0.19.8); an unknown capability does not count against a GPU.
     oldest = 6.0 if os.environ.get("DS_ALLOW_DEPRECATED_FP16") == "1" else 7.0
     fp16 = all(capability is None or capability >= oldest for capability in gpus) if gpus else cpu_fp16
     header = any((Path(root) / "libaio.h").is_file() for root in ("/usr/include", "/usr/local/include"))

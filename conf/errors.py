@@ -1,4 +1,4 @@
-"""The one way a wrong request is reported: every problem at once, each with key, value, rule and nearest legal choice."""
+"""How a wrong request is reported: every problem at once, each with key, value, rule and nearest legal choice."""
 
 from __future__ import annotations
 

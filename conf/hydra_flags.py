@@ -43,7 +43,12 @@ def passthrough(argv: list[str], resolved: Callable[[list[str], int], str]) -> i
 
 def _refuse(flags: list[str]) -> None:
     problems = [
-        Problem(flag, "", "one run per command: a sweep is a loop of the shell over runs with different names", "name=NAME")
+        Problem(
+            flag,
+            "",
+            "one run per command; a sweep is a loop of the shell",
+            "for s in 1 2; do … name=run$s seed=$s; done",
+        )
         for flag in flags
         if flag in SWEEPS
     ]

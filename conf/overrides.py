@@ -33,7 +33,7 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
-def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
+def schema_keys(schema: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema and its type annotation, sections included."""
     hints = typing.get_type_hints(schema)
     found: dict[str, Any] = {}
@@ -81,8 +81,8 @@ class Overrides:
 def read_overrides(arguments: Iterable[str]) -> Overrides:
     """Check each argument on its own: syntax, group and choice, key, type, given once.
 
-    A misspelt key or choice is replaced by the nearest legal one, so that everything else is checked in the context that
-    was meant; the misspelling stays a problem.
+    A misspelt key or choice is replaced by the nearest legal one, so that the rest is checked in the context that was
+    meant; the misspelling stays a problem.
     """
     result = Overrides()
     reader = _Reader(result)
@@ -186,8 +186,8 @@ class _Reader:
                 OmegaConf.update(self.schema, key, value, merge=True)
             except ConfigKeyError as error:
                 wrong = str(error.key)
-                section = self.keys[key]
-                known = [f.name for f in dataclasses.fields(section if dataclasses.is_dataclass(section) else SourceConfig)]
+                section = self.keys[key] if dataclasses.is_dataclass(self.keys[key]) else SourceConfig
+                known = [one.name for one in dataclasses.fields(section)]
                 near = did_you_mean(wrong, known)
                 self.problem(key, text, f"no such key in it: {wrong}; it has {', '.join(known)}", near)
                 return

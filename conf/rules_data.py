@@ -79,7 +79,8 @@ def mixture(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             continue
         if changed(data, field.name):
             rule = "beside data.mixture no single source is read; say it inside the source it belongs to"
-            yield Problem(f"data.{field.name}", shown(given), rule, f"data.mixture=[{{{field.name}: {shown(given)}, …}}, …]")
+            nearest = f"data.mixture=[{{{field.name}: {shown(given)}, …}}, …]"
+            yield Problem(f"data.{field.name}", shown(given), rule, nearest)
 
 
 def columns(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -123,7 +124,8 @@ def paths(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
                     rule = "no file matches this pattern"
                     yield Problem(f"{where}.{key}", value, rule, f"{where}.{key}='FOLDER/**/*' (quoted)")
             else:
-                yield Problem(f"{where}.{key}", value, "there is no such file or folder", f"{where}.{key}={nearest_path(path)}")
+                rule = "there is no such file or folder"
+                yield Problem(f"{where}.{key}", value, rule, f"{where}.{key}={nearest_path(path)}")
 
 
 def nearest_path(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from conf.batch import Layout
 from conf.environment import Environment
@@ -17,8 +17,8 @@ from conf.schema import Config
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 WIDTHS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("num_attention_heads", "num_key_value_heads"))
 """Pairs of sizes where the second divides the first (unless a head_dim says otherwise)."""
-POSITIVE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-POSITIVE += ("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "n_inner", *POSITIONS)
+COUNTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
+COUNTS |= {"num_key_value_heads", "n_embd", "n_layer", "n_head", "n_inner", *POSITIONS}
 
 
 def origin(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -44,7 +44,7 @@ def config(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         key = f"model.config.{name}"
         if name in ("auto_map", "trust_remote_code") or name.startswith("_"):
             yield Problem(key, shown(value), "code of strangers is never loaded", "leave it out")
-        elif name in POSITIVE and value is not None and (not _is_count(value) or value < 1):
+        elif name in COUNTS and value is not None and (not _is_count(value) or value < 1):
             nearest = f"{key}=1" if _is_count(value) else ""
             yield Problem(key, shown(value), "must be a whole number, at least 1", nearest)
     for whole, part in WIDTHS:
@@ -57,7 +57,7 @@ def config(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             yield Problem(f"model.config.{part}", str(count), rule, f"model.config.{part}={fitting}")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -122,7 +122,7 @@ def _safetensors(path: str, folder: Path) -> Iterator[Problem]:
     ggufs = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf"))
     if any(folder.glob("*.safetensors")):
         if not (folder / "config.json").is_file():
-            yield Problem("model.path", path, "this folder has weights but no config.json", "put the model's config.json there")
+            yield Problem("model.path", path, "this folder has weights but no config.json", "add the config.json")
     elif ggufs:
         yield Problem("model.path", path, "this folder has GGUF weights only", f"model.gguf_file={ggufs[0]}")
     elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):

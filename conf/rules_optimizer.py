@@ -26,8 +26,9 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "radam": ("betas", "eps"),
     "rmsprop": ("eps", "momentum"),
 }
-"""Name → the optional fields it takes. The first six are the engine's own, the rest are classes of torch.optim; all take
-`lr` and `weight_decay`."""
+"""Name → the optional fields it takes. The first six are the engine's own, the rest are classes of torch.optim.
+
+All take `lr` and `weight_decay`."""
 
 OPTIONAL = ("betas", "eps", "momentum", "fused")
 REMOVED = ("onebitadam", "zerooneadam", "onebitlamb")
@@ -53,7 +54,8 @@ def known(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         return
     if name in REMOVED:
         rule = "DeepSpeed 0.19.8 has removed its 1-bit and 0/1 optimizers"
-        yield Problem("optimizer.name", cfg.optimizer.name, rule, "optimizer=lamb" if "lamb" in name else "optimizer=adamw")
+        nearest = "optimizer=lamb" if "lamb" in name else "optimizer=adamw"
+        yield Problem("optimizer.name", cfg.optimizer.name, rule, nearest)
     elif name in UNFIT:
         yield Problem("optimizer.name", cfg.optimizer.name, UNFIT[name], "optimizer=adamw")
     else:

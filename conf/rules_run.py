@@ -35,7 +35,8 @@ def schedule(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
         yield Problem("scheduler.decay_steps", str(scheduler.decay_steps), rule, "scheduler=wsd")
     if scheduler.name == "constant" and scheduler.min_ratio != 0:
         rule = "a constant rate never falls"
-        yield Problem("scheduler.min_ratio", shown(scheduler.min_ratio), rule, "scheduler=linear, or scheduler.min_ratio=0")
+        nearest = "scheduler=linear, or scheduler.min_ratio=0"
+        yield Problem("scheduler.min_ratio", shown(scheduler.min_ratio), rule, nearest)
     if steps is None or steps < 1:
         return
     warmup = scheduler.warmup_steps

@@ -1,4 +1,4 @@
-"""Rules on ZeRO, offload, ZeRO++ and the other axes of parallelism (DeepSpeed 0.19.8: runtime/zero/config.py, stage3.py)."""
+"""Rules on ZeRO, offload, ZeRO++ and the other axes of parallelism (DeepSpeed 0.19.8: runtime/zero)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def nvme(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             yield Problem("zero.nvme_path", zero.nvme_path, "nothing is offloaded to NVMe", "zero=stage3_nvme")
         return
     if zero.nvme_path is None:
-        yield Problem("zero.nvme_path", "null", "NVMe offload needs a folder on a fast local disk", "zero.nvme_path=FOLDER")
+        rule = "NVMe offload needs a folder on a fast local disk"
+        yield Problem("zero.nvme_path", "null", rule, "zero.nvme_path=FOLDER")
     else:
         path = Path(zero.nvme_path).expanduser()
         if not path.is_dir():
@@ -107,7 +108,8 @@ def data_parallel_only(cfg: Config, layout: Layout, env: Environment) -> Iterato
     for axis in ("tensor", "pipeline", "sequence"):
         degree = getattr(cfg.parallel, axis)
         if degree > 1:
-            yield Problem(f"parallel.{axis}", str(degree), "this version trains data-parallel only", f"parallel.{axis}=1")
+            rule = "this version trains data-parallel only"
+            yield Problem(f"parallel.{axis}", str(degree), rule, f"parallel.{axis}=1")
 
 
 def pipeline_stage(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

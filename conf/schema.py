@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_autocast")
+ACCUMULATION_DTYPES = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PACKINGS = ("documents", "blocks", "none")
 SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
@@ -33,7 +34,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub name or local folder of a tokenizer; null: that of `path`, or one trained on the data for a new model."""
     attention: str | None = None
-    """Attention implementation of transformers: sdpa, eager, flash_attention_2, …; null: the best the family supports."""
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2, …; null: the best of the family."""
 
 
 @dataclass
@@ -41,7 +42,7 @@ class SourceConfig:
     """Where rows come from. One source; `data.mixture` holds several."""
 
     kind: str = "stdlib"
-    """stdlib | text | jsonl | csv | parquet | hub."""
+    """stdlib | text | jsonl | csv | parquet | hub (mixture: the sources of `data.mixture`)."""
     path: str | None = None
     """File, folder or glob (text, jsonl, csv, parquet). Relative paths are relative to the working directory."""
     eval_path: str | None = None
@@ -124,7 +125,7 @@ class OptimizerConfig:
     """An optimizer of the engine. A null field is one this optimizer does not take."""
 
     name: str = "adamw"
-    """adamw | adam | adagrad | lion | lamb | muon | sgd | any class of torch.optim."""
+    """adamw | adam | adagrad | lion | lamb | muon | sgd, and other classes of torch.optim (conf/rules_optimizer.py)."""
     lr: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -133,7 +134,7 @@ class OptimizerConfig:
     eps: float | None = None
     momentum: float | None = None
     fused: bool | None = None
-    """Fused kernel of torch (adamw, adam on CPU and CUDA, without CPU offload); null where it does not exist."""
+    """Fused kernel of torch (adamw, adam, sgd; not with an offloaded step); null: on for adamw and adam."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0 switches clipping off (the norm is still measured)."""
 

@@ -47,6 +47,8 @@ def _child(rank: int, world: int, port: int, pipe: Connection, function: Callabl
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300) -> list[Any]:
     """Run `function(rank, world, *arguments)` (a module-level function) on `world` gloo ranks; their results by rank.
 
+    Results are pickled: numpy arrays, not tensors (whose shared memory dies with the rank).
+
     The first failing rank's traceback is raised, the others are killed; nothing outlives the call.
     """
     port, processes, pipes = free_port(), [], {}

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from conf.batch import Layout
+from conf.rules_optimizer import MODEL_DTYPE
 from conf.schema import Config, OptimizerConfig, ZeroConfig
 
 QUIET = 1_000_000_000
-"""Steps between the engine's own progress lines. Not None: PipelineEngine takes `steps % steps_per_print()`."""
-
-MODEL_DTYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "bf16_autocast": "fp32"}
-"""dtype of the parameters of each `precision.name`, as the engine spells it."""
+"""Steps between the engine's own progress lines: none in practice."""
 
 TORCH_OPTIMIZERS = {
-    name.lower(): name
-    for name in ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+    name.lower(): name for name in ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
 }
 """Classes of torch.optim that the engine has no optimizer of its own for, by lower-case name."""
 
@@ -33,7 +31,7 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
     """
     precision, zero = cfg.precision, cfg.zero
     config: dict[str, Any] = {
-        "train_batch_size": cfg.batch.global_size,
+        "train_batch_size": cfg.batch.micro_size * cfg.batch.accumulation * layout.data,
         "train_micro_batch_size_per_gpu": cfg.batch.micro_size,
         "gradient_accumulation_steps": cfg.batch.accumulation,
         "managed_gradient_accumulation": True,
@@ -44,8 +42,9 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": _offloads(zero),
         "data_types": {
+            # Stage 0 takes the parameters' own dtype only, the others fp32 too: conf/rules_optimizer.py keeps that rule.
             "grad_accum_dtype": precision.accumulation_dtype,
-            "param_dtype": MODEL_DTYPES[precision.name],
+            "param_dtype": MODEL_DTYPE[precision.name],
         },
         # Left out, the engine reduces in the parameters' dtype: fp32 accumulation would then add up rounded sums.
         "communication_data_type": precision.accumulation_dtype,
@@ -62,8 +61,6 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
         "dump_state": False,
         "disable_python_gc": False,
     }
-    if layout.pipeline > 1:
-        config["pipeline"] = {"activation_checkpoint_interval": 0, "pipe_partitioned": False, "grad_partitioned": False}
     if "nvme" in (zero.offload_optimizer, zero.offload_param):
         config["aio"] = {
             "block_size": 2**20,
@@ -142,18 +139,6 @@ def _precision(cfg: Config) -> dict[str, Any]:
     }
 
 
-def accumulation_dtypes(stage: int, precision: str) -> tuple[str, ...]:
-    """Values of `precision.accumulation_dtype` that DeepSpeed 0.19.8 takes at this ZeRO stage, best first.
-
-    Stage 0 has no buffer of another dtype: `_do_optimizer_sanity_check` raises NotImplementedError ("unsupported mix")
-    unless gradients accumulate in the parameters' own dtype. The other stages keep a buffer of their own.
-    """
-    model = MODEL_DTYPES[precision]
-    if model == "fp32":
-        return ("fp32",)
-    return (model,) if stage == 0 else ("fp32", model)
-
-
 def _zero(cfg: Config, device: str) -> dict[str, Any]:
     """The zero_optimization block with the keys that its stage reads."""
     zero = cfg.zero
@@ -206,7 +191,7 @@ def _offload_optimizer(zero: ZeroConfig, device: str) -> dict[str, Any]:
         # Pinned pages speed up copies between host and GPU; on a CPU there is nothing to copy to.
         block |= {"pin_memory": device == "cuda", "ratio": 1.0, "fast_init": False}
     if zero.offload_optimizer == "nvme":
-        block |= {"nvme_path": zero.nvme_path, "buffer_count": 4, "pipeline_read": False, "pipeline_write": False}
+        block |= {"nvme_path": _nvme(zero), "buffer_count": 4, "pipeline_read": False, "pipeline_write": False}
     return block
 
 
@@ -216,9 +201,14 @@ def _offload_param(zero: ZeroConfig, device: str) -> dict[str, Any]:
         block["pin_memory"] = device == "cuda"
     if zero.offload_param == "nvme":
         block |= {
-            "nvme_path": zero.nvme_path,
+            "nvme_path": _nvme(zero),
             "buffer_count": 5,
             "buffer_size": 100_000_000,
             "max_in_cpu": 1_000_000_000,
         }
     return block
+
+
+def _nvme(zero: ZeroConfig) -> str:
+    """The folder with `~` resolved, as the rules checked it: the engine would make a folder of that name."""
+    return str(Path(zero.nvme_path or "").expanduser())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from conf.batch import Layout
 from conf.schema import Config
 from launch.runtime.schedule import lr_factor
-from launch.runtime.zero3 import shard_while_loading, sharder
+from launch.runtime.zero3 import memory_goes_back, shard_while_loading, sharder
 from recipes.base import Recipe
 from recipes.models.build import checkpoint_layers, compile_layers, from_pretrained, from_scratch
 
@@ -52,22 +53,19 @@ class StepResult:
 def build_model(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.device) -> nn.Module:
     """The recipe's model: whole on each rank, or under ZeRO-3 sharded block by block while it is built."""
     stage3 = cfg.zero.stage == 3
-    dtype = DTYPES[cfg.precision.name]
+    dtype, attention = DTYPES[cfg.precision.name], cfg.model.attention
     folder = recipe.weights()
-    if folder is not None:
-        keep_alive = shard_while_loading(ds_config) if stage3 else None
-        model = from_pretrained(recipe.hf_class(), folder, dtype=dtype, attention=cfg.model.attention)
-        del keep_alive
-    else:
-        model = from_scratch(
-            recipe.hf_class(),
-            recipe.model_config(),
-            seed=cfg.seed,
-            dtype=dtype,
-            device=device,
-            attention=cfg.model.attention,
-            place=sharder(ds_config) if stage3 else None,
-        )
+    with memory_goes_back() if stage3 else nullcontext():
+        if folder is not None:
+            keep_alive = shard_while_loading(ds_config) if stage3 else None
+            model = from_pretrained(recipe.hf_class(), folder, dtype=dtype, attention=attention)
+            del keep_alive
+        else:
+            place = sharder(ds_config) if stage3 else None
+            model = from_scratch(
+                recipe.hf_class(), recipe.model_config(),
+                seed=cfg.seed, dtype=dtype, device=device, attention=attention, place=place,
+            )  # fmt: skip
     checkpoint_layers(model, cfg.train.activation_checkpointing)
     if cfg.train.compile:
         compile_layers(model)

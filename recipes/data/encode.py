@@ -100,7 +100,7 @@ class Encoder:
         messages = row.content["messages"]
         try:
             if GENERATION_MARK.search(_template(self.tokenizer)):
-                options = {"return_dict": True, "return_assistant_tokens_mask": True}
+                options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
                 chat: Any = self.tokenizer.apply_chat_template(messages, **options)
                 return np.array(chat["input_ids"], np.int64), np.array(chat["assistant_masks"], bool)
             segments = split_turns(self.tokenizer, messages)

@@ -46,6 +46,7 @@ class ModelShape:
     """Lookup tables: token, position and type embeddings; a tied head is this one."""
     head: int
     """The output matrix; 0 when it is tied to the embedding."""
+    layers: int
     layer_parameters: tuple[int, ...]
     """Of each decoder layer."""
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -55,28 +56,30 @@ class ModelShape:
     hidden: int
     intermediate: int | None
     heads: int
+    """0 for a family without attention."""
     kv_heads: int
     head_dim: int
     max_positions: int | None
     activations: Activations | None
     """None for a family whose forward pass looks at values (experts chosen by the data), which meta tensors have not."""
 
-    @property
-    def layers(self) -> int:
-        return len(self.layer_parameters)
-
 
 def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelShape:
     """The shape of the model that this configuration trains, at `data.seq_length` and the parameter dtype of `precision`.
 
-    Raises RequestError (model.*) for a type, an attribute, a folder or a hub name that transformers cannot make a causal
-    LM of.
+    Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make a causal LM of
+    (model.*), and for sequences longer than the model's positions (data.seq_length).
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     config = _config(model, data)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and data.seq_length > positions:
+        rule = f"the model has {positions} positions"
+        raise RequestError(Problem("data.seq_length", str(data.seq_length), rule, f"data.seq_length={positions}"))
     attention = _register_traced(model.attention, data.packing)
     try:
         with torch.device("meta"):
@@ -86,18 +89,18 @@ def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelSh
         network.tie_weights()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise RequestError(
-            Problem("model", config.model_type, f"transformers cannot build a causal LM of it: {error}")
+            Problem("model", config.model_type, f"transformers cannot build a causal LM of it: {_first_line(error)}")
         ) from error
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    text = config.get_text_config()
     head = network.get_output_embeddings()
     tied = head is not None and head.weight is network.get_input_embeddings().weight
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", 0)
     return ModelShape(
         model_type=config.model_type,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding=_embedding(network),
         head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
+        layers=text.num_hidden_layers,
         layer_parameters=tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         tensors=tuple((name, tuple(parameter.shape)) for name, parameter in network.named_parameters()),
         tied=tied,
@@ -106,8 +109,8 @@ def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelSh
         intermediate=getattr(text, "intermediate_size", None),
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        max_positions=getattr(text, "max_position_embeddings", None),
+        head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
+        max_positions=positions,
         activations=_trace(network, layers, data.seq_length),
     )
 
@@ -121,7 +124,8 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
         try:
             return AutoConfig.for_model(model.type, **{**model.config, **vocabulary, "use_cache": False})
         except (ValueError, TypeError, KeyError) as error:
-            raise RequestError(Problem("model", str(model.type), f"transformers refuses this configuration: {error}")) from error
+            rule = f"transformers refuses this configuration: {_first_line(error)}"
+            raise RequestError(Problem("model.type", str(model.type), rule)) from error
     from recipes.models.build import package_folder
 
     folder = package_folder(model.path) or model.path
@@ -129,12 +133,14 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(
-            Problem("model.path", model.path, f"no model configuration there: {reason}", "a local folder or package:NAME")
-        ) from error
+        rule = f"no model configuration there: {_first_line(error)}"
+        raise RequestError(Problem("model.path", model.path, rule, "a local folder or package:NAME")) from error
     config.use_cache = False
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _embedding(network: PreTrainedModel) -> int:

@@ -33,7 +33,9 @@ def shared():
 @pytest.fixture(scope="session")
 def tokenizer():
     """512 entries, trained on a few lines; byte-level, so it encodes anything."""
-    return train_tokenizer(["the quick brown fox jumps over the lazy dog\n" * 20, "def f(x):\n    return x\n" * 20], 320)
+    return train_tokenizer(
+        ["the quick brown fox jumps over the lazy dog\n" * 20, "def f(x):\n    return x\n" * 20], 320
+    )
 
 
 @pytest.fixture

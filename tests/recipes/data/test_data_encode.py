@@ -50,7 +50,9 @@ def llama_like():
 # Tokenizers
 
 
-@pytest.mark.parametrize("text", ["", " a  b\n\n\tc ", "naïve 日本語 🤖 \x00\x7f", "don't . , ' s", "\r\n", "#!/usr/bin\n"])
+@pytest.mark.parametrize(
+    "text", ["", " a  b\n\n\tc ", "naïve 日本語 🤖 \x00\x7f", "don't . , ' s", "\r\n", "#!/usr/bin\n"]
+)
 def test_trained_tokenizer_gives_every_text_back(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -166,7 +168,9 @@ def test_generation_marks_of_the_template_are_followed(chat_tokenizer):
 
 def test_template_that_writes_the_last_turn_differently(chat_tokenizer):
     think = "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
-    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("{{ m['content'] }}", think + "{{ m['content'] }}")
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "{{ m['content'] }}", think + "{{ m['content'] }}"
+    )
     ((ids, supervised),) = encoded(chat_tokenizer, {"messages": TALK})
     assert learned(chat_tokenizer, ids, supervised) == "It is noon.<|im_end|><think></think>hello<|im_end|>"
 

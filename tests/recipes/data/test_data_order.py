@@ -41,13 +41,13 @@ def test_permutation_mixes():
     assert min(first.values()) > 140 and max(first.values()) < 260  # 200 each, 13 the standard deviation
 
 
+PINNED = [(0, 0, 7), (0, 0, 3), (0, 0, 0), (0, 1, 1), (1, 1, 2), (66, 0, 9)]
+
+
 def test_order_is_pinned():
     """Runs resumed with another version must read the samples they would have read: these numbers never change."""
     order = SampleOrder(7, [10, 5], [1.0, 1.0])
     assert [order.locate(i) for i in (0, 1, 2, 14, 15, 1000)] == PINNED
-
-
-PINNED: list[tuple[int, int, int]] = []
 
 
 def test_one_source_reads_each_row_once_per_epoch():
@@ -92,7 +92,7 @@ def test_mixture_has_exact_weights_and_favours_no_row(sources, seed):
 
 def test_shares():
     assert shares(10, [1, 1, 1]) == [4, 3, 3]
-    assert shares(10, [3, 0, 1]) == [8, 0, 2] or shares(10, [3, 0, 1]) == [7, 0, 3]
+    assert shares(10, [3, 0, 1]) == [8, 0, 2]  # 7.5 and 2.5: the first of equal remainders is rounded up
     assert shares(100, [1, 1e-9]) == [99, 1]
     assert sum(shares(1001, [0.1, 0.2, 0.7])) == 1001
     for total, weights in ((1, [1, 1]), (5, [0, 0]), (5, [1, -1])):

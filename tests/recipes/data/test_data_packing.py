@@ -58,6 +58,7 @@ def test_plain_text_keeps_every_token_and_label(lengths, seq_length, mode):
         kept = row["labels"] != IGNORE
         assert packed.supervised(index) == kept.sum()
         assert not kept[real:].any() and (row["input_ids"][real:] == PAD).all()
+        assert row["attended"][:real].all() and not row["attended"][real:].any()
         assert (row["labels"][kept] == row["input_ids"][kept] + 1).all()  # the next token, shifted once
         owner = document[row["input_ids"][:real] - 1]
         restarts = np.flatnonzero(row["position_ids"] == 0)
@@ -118,6 +119,7 @@ def test_layout_of_a_packed_sequence():
     for index, place in ((0, slice(0, 3)), (1, slice(3, 5))):
         for name in row:
             assert alone.row(index)[name][: place.stop - place.start].tolist() == row[name][place].tolist()
+    assert row.pop("attended").tolist() == [True] * 5 + [False] * 3
     assert all(values.dtype == np.int64 for values in row.values())
 
 

@@ -264,7 +264,9 @@ def test_reading_stops_after_many_broken_lines(write, config):
 
 def test_invalid_utf8_names_the_line(write, config):
     path = write("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n')
-    assert f"{path}:2: not valid UTF-8: byte 0xff at byte 10 of the line" in refused(config(kind="jsonl", path=str(path)))
+    assert f"{path}:2: not valid UTF-8: byte 0xff at byte 10 of the line" in refused(
+        config(kind="jsonl", path=str(path))
+    )
     path = write("text.txt", b"one\ntwo\nth\xe9ee\n")
     assert f"{path}:3: not valid UTF-8: byte 0xe9 at byte 10" in refused(config(kind="text", path=str(path)))
     path = write("rows.csv", b"text\na\n\xff\nb,c\n")

@@ -1,0 +1,71 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def human_bytes(size: float) -> str:
+    """`1.50 GiB`: three digits and a binary unit."""
+    for unit in UNITS[:-1]:
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} {UNITS[-1]}"
+
+
+def render(plan: dict[str, Any], console: Console) -> None:
+    """Print the plan: facts, bytes per rank by part, bytes sent, the engine's configuration."""
+    layout, model, used = plan["layout"], plan["model"], plan["bytes_per_rank"]
+    degrees = " × ".join(f"{layout[axis]} {axis}" for axis in ("data", "tensor", "pipeline", "sequence"))
+    for name, value in (
+        ("layout", f"{layout['world']} ranks = {degrees}, on {plan['device']}"),
+        ("batch", plan["batch"]["line"]),
+        ("parameters", f"{model['parameters']:,} in {model['layers']} layers, {model['precision']}{_shares(model)}"),
+        ("tokens per step", f"{plan['tokens_per_step']:,}"),
+        ("arithmetic per step", f"{plan['flops_per_step'] / 1e12:,.3f} TFLOP"),
+    ):
+        console.print(f"{name:<21}{value}", markup=False)
+    console.print(_memory_table(used))
+    if not used["activations_known"]:
+        console.print("activations: not counted, this family's forward pass cannot be traced without values")
+    console.print(_sent_table(plan["bytes_sent_per_rank_and_step"]))
+    console.print("engine configuration (ds_config.json)")
+    console.print(json.dumps(plan["engine"], indent=2), markup=False)
+
+
+def _shares(model: dict[str, Any]) -> str:
+    head = "head tied to it" if model["tied"] else f"head {model['head']:,}"
+    return f" (embedding {model['embedding']:,}, {head})"
+
+
+def _memory_table(used: dict[str, Any]) -> Table:
+    """One row per part; the columns of host and NVMe only where something is offloaded."""
+    places = [place for place in ("device", "host", "nvme") if place == "device" or used[place]["total"]]
+    table = Table("bytes per rank", *places, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in used["device"]:
+        sizes = [used[place].get(part, 0) for place in places]
+        unknown = part == "activations" and not used["activations_known"]
+        cells = ["?" if unknown and not size else human_bytes(size) for size in sizes]
+        if part == "total":
+            table.add_section()
+        table.add_row(part, *cells)
+    return table
+
+
+def _sent_table(sent: dict[str, int]) -> Table:
+    table = Table("bytes sent per rank and step", "")
+    table.columns[1].justify = "right"
+    for name, size in sent.items():
+        if name == "total":
+            table.add_section()
+        table.add_row(name, human_bytes(size))
+    return table

@@ -1,0 +1,195 @@
+"""The engine interface beyond gradients: evaluation, export, bad numbers, the other optimizers and precisions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import LENGTH, VOCABULARY, TinyCausalLM, tiny_config
+
+from conf.batch import Layout
+from recipes.models.build import from_scratch
+
+
+def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
+    """(engine, recipe, cfg, layout) of a tiny run; `changes` are `section__field=value`."""
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.engine import Engine
+
+    cfg = tiny_config(8 // world // accumulation, accumulation, world)
+    cfg.zero.stage, cfg.zero.param_persistence_threshold = stage, 0
+    for path, value in changes.items():
+        section, _, field = path.partition("__")
+        setattr(getattr(cfg, section), field, value)
+    layout = Layout.of(world, cfg.parallel)
+    recipe = TinyCausalLM(cfg)
+    recipe.prepare()
+    return Engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 5), recipe, cfg, layout
+
+
+def step_losses(rank: int, world: int, options: list[dict]) -> list[list[float]]:
+    from launch.runtime.loop import training_batches
+
+    results = []
+    for option in options:
+        engine, recipe, cfg, layout = make(world, **option)
+        results.append(
+            [engine.train_step(training_batches(s, rank, recipe, cfg, layout)).loss for s in range(cfg.train.steps)]
+        )
+        engine.ds.destroy()
+    return results
+
+
+def plain_model(recipe) -> torch.nn.Module:
+    return from_scratch(
+        recipe.hf_class(), recipe.model_config(), seed=0, dtype=torch.float32, device=torch.device("cpu"), attention=None
+    )
+
+
+def evaluation(rank: int, world: int, stage: int) -> dict:
+    from launch.runtime.loop import held_out_batches
+
+    engine, recipe, cfg, layout = make(world, stage)
+    return engine.evaluate(held_out_batches(rank, recipe, cfg, layout))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_each_held_out_row_counts_once(world: int) -> None:
+    """13 rows, 2 a micro-batch: uneven on every number of ranks above one."""
+    recipe = TinyCausalLM(tiny_config(1, 1, 1))
+    recipe.prepare()
+    rows = [recipe.held_out.row(i) for i in range(len(recipe.held_out))]
+    ids, labels, positions = (torch.tensor(np.stack([r[k] for r in rows])) for k in ("input_ids", "labels", "position_ids"))
+    with torch.no_grad():
+        logits = plain_model(recipe)(input_ids=ids, position_ids=positions).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    for metrics in run_ranks(world, evaluation, 3):
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
+        assert metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def exported(rank: int, world: int, stage: int, folder: Path, shard_bytes: int) -> np.ndarray:
+    from launch.runtime.export import export
+    from launch.runtime.loop import training_batches
+
+    engine, recipe, cfg, layout = make(world, stage)
+    engine.train_step(training_batches(0, rank, recipe, cfg, layout))
+    export(engine, recipe, folder, rank == 0, shard_bytes)
+    torch.distributed.barrier()
+    ids = torch.arange(LENGTH)[None] % VOCABULARY
+    engine.ds.eval()
+    with torch.no_grad():
+        return engine.ds(input_ids=ids, use_cache=False).logits.numpy()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_exported_model_gives_the_logits_of_training(stage: int, shard_bytes: int, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    trained = run_ranks(2, exported, stage, folder, shard_bytes)[0]
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) == 1 if shard_bytes > 2**20 else len(files) > 2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(torch.arange(LENGTH)[None] % VOCABULARY).logits.numpy()
+    np.testing.assert_array_equal(logits, trained)
+
+
+class Poisoned(TinyCausalLM):
+    """Makes the loss or the gradient of one rank's micro-batch infinite."""
+
+    where = "loss"
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        if not torch.distributed.get_rank():
+            return loss
+        return loss * float("inf") if self.where == "loss" else _InfiniteGradient.apply(loss)
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return d * float("inf")
+
+
+def poisoned(rank: int, world: int, stage: int, precision: str, where: str) -> tuple[str, bool]:
+    import copy
+
+    from launch.runtime import loop
+    from launch.runtime.engine import NonFiniteError
+
+    accumulation = "fp32" if stage or precision == "fp32" else "bf16"
+    engine, recipe, cfg, layout = make(world, stage, precision__name=precision, precision__accumulation_dtype=accumulation)
+    bad = Poisoned(cfg)
+    bad.__dict__.update(recipe.__dict__)
+    bad.where = where
+    before = {name: copy.deepcopy(value) for name, value in engine.parameters()}
+    engine.recipe = bad
+    try:
+        loop.run(engine, bad, cfg, layout, rank, 2, lambda row: None)
+        message = ""
+    except NonFiniteError as error:
+        message = str(error)
+    return message, all(torch.equal(before[name], value) for name, value in engine.parameters())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_bad_numbers_stop_before_the_update(stage: int, precision: str, where: str) -> None:
+    for rank, (message, unchanged) in enumerate(run_ranks(2, poisoned, stage, precision, where)):
+        assert f"step 1, rank {rank}" in message and "sample indices" in message
+        assert unchanged
+
+
+def test_precisions_agree_with_fp32_to_their_own_rounding() -> None:
+    """bf16 keeps 8 bits: 2**-8 of the loss; five steps at lr 1e-3 stay within it."""
+    fp32, *others = run_ranks(
+        2,
+        step_losses,
+        [
+            {},
+            {"precision__name": "bf16_autocast"},
+            {"precision__name": "bf16"},
+            {"precision__name": "bf16", "stage": 3},
+            {"precision__name": "bf16", "stage": 0, "precision__accumulation_dtype": "bf16"},
+        ],
+    )[0]
+    for losses in others:
+        np.testing.assert_allclose(losses, fp32, rtol=2**-8)
+        assert losses != fp32
+
+
+def test_accelerations_change_nothing_but_time() -> None:
+    """fused loss, fused optimizer: each equals the run without it; compile is in its own, slower test."""
+    plain, *others = run_ranks(
+        2,
+        step_losses,
+        [
+            {"train__fused_loss": False},
+            {"train__fused_loss": True},
+            {"train__fused_loss": True, "optimizer__fused": True},
+            {"train__fused_loss": True, "accumulation": 4, "stage": 2},
+        ],
+    )[0]
+    for losses in others:
+        np.testing.assert_allclose(losses, plain, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing_but_time() -> None:
+    plain, compiled, sharded = run_ranks(
+        2, step_losses, [{}, {"train__compile": True}, {"train__compile": True, "stage": 3}], timeout_s=600
+    )[0]
+    np.testing.assert_allclose(compiled, plain, rtol=1e-6)
+    np.testing.assert_allclose(sharded, plain, rtol=1e-6)
