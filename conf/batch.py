@@ -146,7 +146,7 @@ def nearest_triples(
     found = set()
     for m in micros:
         for total in sides | {m * steps}:
-            for a in {max(1, total // m), -(-total // m)}:
+            for a in {max(1, total // m), -(-total // m), steps + 1}:
                 found.add((m * a * data, m, a))
 
     def distance(triple: tuple[int, int, int]) -> tuple[int, float, tuple[int, int, int]]:
@@ -161,3 +161,10 @@ def _divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*low, *(number // d for d in low)})
+
+
+def sizes(batch: BatchConfig) -> tuple[int, int, int]:
+    """(global_size, micro_size, accumulation) of a batch that `resolve_batch` has completed."""
+    if batch.global_size is None or batch.micro_size is None or batch.accumulation is None:
+        raise ValueError(f"the batch triangle is not resolved: {batch}")
+    return batch.global_size, batch.micro_size, batch.accumulation

@@ -51,10 +51,15 @@ def free_form(key: str) -> bool:
 
 
 def nearest_choice(value: str, choices: Iterable[str]) -> str:
-    """The choice nearest to `value`: one that ends in it (`2` → `stage2`), else the most similar; may be empty."""
+    """The choice nearest to `value`; may be empty.
+
+    One that ends in it (`2` → `stage2`), else the most similar one, else one that begins and ends alike
+    (`float16` → `fp16`).
+    """
     lowered = value.lower()
     ending = [choice for choice in choices if lowered and choice.endswith(lowered)]
-    return ending[0] if ending else did_you_mean(lowered, choices)
+    alike = [choice for choice in choices if lowered and (choice[0], choice[-2:]) == (lowered[0], lowered[-2:])]
+    return next(iter(ending), "") or did_you_mean(lowered, choices) or next(iter(alike), "")
 
 
 @dataclass
@@ -74,7 +79,10 @@ class Overrides:
     def for_hydra(self) -> list[str]:
         """Arguments of Hydra's compose API."""
         choices = [f"{'+' if group == 'recipe' else ''}{group}={choice}" for group, choice in self.choices.items()]
-        values = [f"{'++' if free_form(key) else ''}{key}={value}" for key, value in self.values.items()]
+        # `++` adds keys where Hydra would otherwise only change those that are there.
+        values = [
+            f"{'++' if free_form(key) or key in FREE_FORM else ''}{key}={value}" for key, value in self.values.items()
+        ]
         return choices + values + [f"~{key}" for key in self.removed]
 
 
@@ -218,9 +226,9 @@ class _Reader:
 
     def _unknown(self, key: str, override: Override, text: str) -> None:
         leaf = key.rsplit(".", 1)[-1]
-        near = did_you_mean(key, [*self.keys, *self.groups])
-        if not near:
-            near = next((known for known in self.keys if known.rsplit(".", 1)[-1] == leaf), "")
+        same_leaf = next((known for known in self.keys if known.rsplit(".", 1)[-1] == leaf), "")
+        similar = did_you_mean(key, [*self.keys, *self.groups])
+        near = (similar or same_leaf) if "." in key else (same_leaf or similar)
         self.problem(key, text, "no such key", f"{near}={text}" if near else "")
         if not near or near in self.result.suspects:
             return

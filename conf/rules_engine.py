@@ -131,8 +131,10 @@ def _nearest(name: str, dotted: str, node: Node, value: Any) -> str:
         meant = anywhere.get(did_you_mean(name, anywhere), "")
     if not meant:
         return ""
-    if ours := _said_elsewhere(meant, value):
-        return ours.nearest
+    parts = meant.split(".")
+    for end in range(1, len(parts) + 1):
+        if ours := _said_elsewhere(".".join(parts[:end]), value if end == len(parts) else {}):
+            return ours.nearest
     return f"deepspeed.{meant}.…" if isinstance(value, dict) else f"deepspeed.{meant}={shown(value)}"
 
 

@@ -45,7 +45,7 @@ def config(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         if name in ("auto_map", "trust_remote_code") or name.startswith("_"):
             yield Problem(key, shown(value), "code of strangers is never loaded", "leave it out")
         elif name in COUNTS and value is not None and (not _is_count(value) or value < 1):
-            nearest = f"{key}=1" if _is_count(value) else ""
+            nearest = f"{key}=1" if _is_count(value) else f"{key}=8, or another whole number"
             yield Problem(key, shown(value), "must be a whole number, at least 1", nearest)
     for whole, part in WIDTHS:
         size, count = values.get(whole), values.get(part)

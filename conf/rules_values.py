@@ -136,13 +136,13 @@ def words(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     for key, legal in WORDS.items():
         value = attrgetter(key)(cfg)
         if value not in legal:
-            near = did_you_mean(value, legal)
-            yield Problem(key, value, f"one of {', '.join(legal)}", f"{GROUP_OF.get(key, key)}={near}" if near else "")
+            near = did_you_mean(value, legal) or legal[0]
+            yield Problem(key, value, f"one of {', '.join(legal)}", f"{GROUP_OF.get(key, key)}={near}")
     for index, source in enumerate(cfg.data.mixture):
         if source.kind not in SOURCES:
-            near = did_you_mean(source.kind, SOURCES)
+            near = did_you_mean(source.kind, SOURCES) or SOURCES[0]
             key = f"data.mixture[{index}].kind"
-            yield Problem(key, source.kind, f"one of {', '.join(SOURCES)}", f"kind: {near}" if near else "")
+            yield Problem(key, source.kind, f"one of {', '.join(SOURCES)}", f"kind: {near}")
 
 
 def betas(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

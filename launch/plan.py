@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from conf.errors import Problem, RequestError, did_you_mean
 from launch.runtime.ds_config import ds_config

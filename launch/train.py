@@ -7,8 +7,9 @@ import sys
 import traceback
 from pathlib import Path
 
-# The launchers put launch/ on sys.path; the rooms are found from the repository root, from any working directory.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> int:
             raise
         traceback.print_exc()
         if not _caused_by_another_rank(error):
-            terminal.error.write(f"{terminal.tail()}error: rank {request.ranks.rank}: {type(error).__name__}: {error}\n")
+            terminal.error.write(
+                f"{terminal.tail()}error: rank {request.ranks.rank}: {type(error).__name__}: {error}\n"
+            )
             terminal.error.flush()
         # Not through the interpreter's exit: it may wait for collectives that the other ranks never join.
         os._exit(1)

@@ -24,7 +24,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def row(self, index: int) -> Mapping[str, np.ndarray]: ...
+    def row(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 class Recipe(ABC):
@@ -58,7 +58,7 @@ class Recipe(ABC):
         """The transformers configuration of the model, vocabulary included."""
 
     @abstractmethod
-    def hf_class(self) -> type:
+    def hf_class(self) -> Any:
         """The Auto class that builds and loads the model."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Recipe(ABC):
         """Look at the built model once: choose the loss that fits it, refuse what it cannot do (RequestError)."""
 
     @abstractmethod
-    def collate(self, rows: Sequence[Mapping[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         """A micro-batch of exactly `size` rows; missing ones are filled up with rows that supervise nothing."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conf.batch import sizes
 from conf.errors import Problem, RequestError
 from recipes.base import Progress, Recipe
 from recipes.data.packing import collate, empty_row
@@ -51,7 +52,7 @@ class CausalLM(Recipe):
         )
         self.tokenizer, self.train, self.held_out = prepared.tokenizer, prepared.dataset(), prepared.held_out
         self.report = prepared.report
-        if problems := self._check_model() + check_size(len(self.train), self.cfg.batch.global_size):
+        if problems := self._check_model() + check_size(len(self.train), sizes(self.cfg.batch)[0]):
             raise RequestError(problems)
 
     def _check_model(self) -> list[Problem]:
@@ -86,12 +87,12 @@ class CausalLM(Recipe):
             from transformers import AutoConfig
 
             return AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
-        special = {
-            f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
-        }
-        return scratch_config(self.cfg.model, **{"vocab_size": len(self.tokenizer), **self.cfg.model.config, **special})
+        special = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        assert self.cfg.model.type is not None  # a rule: one of type and path is given
+        config = {"vocab_size": len(self.tokenizer), **self.cfg.model.config, **special}
+        return scratch_config(self.cfg.model.type, config)
 
-    def hf_class(self) -> type:
+    def hf_class(self) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
@@ -119,7 +120,7 @@ class CausalLM(Recipe):
                 )
             )
 
-    def collate(self, rows: Sequence[Mapping[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         length = len(rows[0]["input_ids"]) if rows else self.cfg.data.seq_length
         filled = [*rows, *(empty_row(length) for _ in range(size - len(rows)))]
         return collate(filled, self.tokenizer.pad_token_id or 0)
@@ -175,7 +176,7 @@ class CausalLM(Recipe):
                 top_p=0.9,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
-        return tokenizer.decode(out[0], skip_special_tokens=True)
+        return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 recipe = CausalLM

@@ -1,4 +1,4 @@
-"""Distributed tests without a launcher: ranks forked from a server that has already imported torch, deepspeed, transformers.
+"""Distributed tests without a launcher: ranks forked from a server that has imported torch, deepspeed, transformers.
 
 A cold start costs 7 s per rank, a fork some milliseconds. The server process never computes, so its children inherit no
 OpenMP threads (a fork of a process that has used them hangs).

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from conf.schema import BatchConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SchedulerConfig, TrainConfig
+from conf.schema import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainConfig,
+)
 from recipes.causal_lm import CausalLM
 
 VOCABULARY, LENGTH = 61, 12

@@ -1,9 +1,9 @@
 """Bytes that each rank sends per optimizer step, by collective.
 
-Ring algorithms over d ranks: a reduce-scatter or an all-gather of M bytes sends M·(d-1)/d per rank, an all-reduce is one
-after the other (Patarasuk & Yuan 2009; ZeRO, Rajbhandari et al. 2020, section 7). The ZeRO paper counts a reduce-scatter
-for stages 1 and 2; DeepSpeed 0.19.8 does an all-reduce there (`use_multi_rank_bucket_allreduce`, stage_1_and_2.py
-`average_tensor`), and stage 2 does it for every micro-batch. This module counts what the engine does.
+Ring algorithms over d ranks: a reduce-scatter or an all-gather of M bytes sends M·(d-1)/d per rank, an all-reduce is
+one after the other (Patarasuk & Yuan 2009; ZeRO, Rajbhandari et al. 2020, section 7). The ZeRO paper counts a
+reduce-scatter for stages 1 and 2; DeepSpeed 0.19.8 does an all-reduce there (`use_multi_rank_bucket_allreduce`,
+stage_1_and_2.py `average_tensor`), and stage 2 does it for every micro-batch. This module counts what the engine does.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _stage3(shape: ModelShape, cfg: Config, layout: Layout, weight: float, gradi
     whole = persistent_parameters(shape, zero.param_persistence_threshold)
     sharded = shape.parameters - whole
     forward = half_ring(sharded * (1 if zero.quantized_weights else weight), ranks)
-    backward = half_ring(sharded * weight, max(zero.hpz_partition_size, 1) if zero.hpz_partition_size > 1 else ranks)
+    backward = half_ring(sharded * weight, zero.hpz_partition_size if zero.hpz_partition_size > 1 else ranks)
     muon = cfg.optimizer.name.lower() == "muon"  # runs without reduce-scatter (see ds_config)
     if zero.quantized_gradients:
         reduce_name, reduced = "all-to-all quantised gradients", 2 * half_ring(shape.parameters * 0.5, ranks)

@@ -1,4 +1,4 @@
-"""Arithmetic per token and the peak of the device: together, model FLOP/s utilisation (MFU)."""
+"""Arithmetic per token and the peak of the device. Tokens/s × FLOPs / peak is the utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -53,8 +53,3 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     peaks = PEAK_TFLOPS.get(device_name.strip(), {})
     peak = peaks.get("bf16" if precision == "bf16_autocast" else precision)
     return None if peak is None else peak * TERA
-
-
-def model_flops_utilisation(tokens_per_second: float, per_token: float, devices: int, peak: float) -> float:
-    """Share of the devices' peak that the model's own arithmetic uses (PaLM, appendix B); 0 to 1."""
-    return tokens_per_second * per_token / (devices * peak)

@@ -1,7 +1,8 @@
 """Bytes per rank, by part. What stays, what one step adds, and where it lies: on the device, in host memory, on NVMe.
 
-Parameters, gradients and optimizer state follow ZeRO (Rajbhandari et al. 2020, section 5) with the copies that DeepSpeed
-0.19.8 really keeps; each branch names the file. Activations come from the model itself (`ModelShape.activations`).
+Parameters, gradients and optimizer state follow ZeRO (Rajbhandari et al. 2020, section 5) with the copies that
+DeepSpeed 0.19.8 really keeps; each branch names the file.
+Activations come from the model itself (`ModelShape.activations`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,6 @@ STATES = {
 
 LOSS_CHUNK = 2**22
 """Logits at hand at once with `train.fused_loss`, elements (recipes/models/loss.py CHUNK_ELEMENTS)."""
-
-PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer state",
-    "engine buffers",
-    "activations",
-    "logits and loss",
-)
 
 
 @dataclass(frozen=True)
@@ -134,8 +126,8 @@ def _gradients(shape: ModelShape, cfg: Config, ranks: int) -> int:
             return count * (weight + FP32)
         # stage_1_and_2.py: whole gradients until the boundary, then this rank's share in fp32.
         return count * kept + share * FP32
-    # Stages 2 and 3 keep this rank's share only; in another dtype than fp32 the step adds an fp32 copy. Stage 2 makes one
-    # in any case (stage_1_and_2.py `step`: flatten), stage 3 steps on its own buffer.
+    # Stages 2 and 3 keep this rank's share only; in another dtype than fp32 the step adds an fp32 copy. Stage 2 makes
+    # one in any case (stage_1_and_2.py `step`: flatten), stage 3 steps on its own buffer.
     copies = FP32 if kept < FP32 or cfg.zero.stage == 2 else 0
     return share * (kept + copies)
 
@@ -144,8 +136,9 @@ def _optimizer_state(shape: ModelShape, cfg: Config, ranks: int) -> int:
     zero, low = cfg.zero, BYTES[cfg.precision.name] < FP32
     ranks = ranks if zero.stage else 1
     states = math.ceil(optimizer_numbers(shape, cfg.optimizer) / ranks) * FP32
-    # Stages 1 and 2 clone an fp32 master share even of fp32 parameters (stage_1_and_2.py, single_partition_of_fp32_groups);
-    # stage 3 steps on fp32 parameters in place unless the step is offloaded (stage3.py, fp32_partitioned_groups_flat).
+    # Stages 1 and 2 clone an fp32 master share even of fp32 parameters (stage_1_and_2.py,
+    # single_partition_of_fp32_groups); stage 3 steps on fp32 parameters in place unless the step is offloaded
+    # (stage3.py, fp32_partitioned_groups_flat).
     master = low or zero.stage in (1, 2) or zero.offload_optimizer != "none"
     return states + (math.ceil(shape.parameters / ranks) * FP32 if master else 0)
 
@@ -153,8 +146,8 @@ def _optimizer_state(shape: ModelShape, cfg: Config, ranks: int) -> int:
 def _buffers(shape: ModelShape, cfg: Config, ranks: int, device: str) -> int:
     """The engine's own buffers for reducing and gathering.
 
-    Reduce buckets are allocated at their full size however small the model is (stage_1_and_2.py setup_buckets, stage3.py).
-    A CPU maps pages only when they are touched, so there they cost at most a model.
+    Reduce buckets are allocated at their full size however small the model is (stage_1_and_2.py setup_buckets,
+    stage3.py). A CPU maps pages only when they are touched, so there they cost at most a model.
     """
     zero = cfg.zero
     weight, kept = BYTES[cfg.precision.name], BYTES[cfg.precision.accumulation_dtype]
@@ -171,7 +164,7 @@ def _buffers(shape: ModelShape, cfg: Config, ranks: int, device: str) -> int:
 
 
 def _activations(shape: ModelShape, cfg: Config) -> int:
-    """What backward needs of one micro-batch; each n-th layer leaves its input only and is recomputed, one at a time."""
+    """What backward needs of one micro-batch; each n-th layer leaves only its input and is recomputed in turn."""
     kept, every = shape.activations, cfg.train.activation_checkpointing
     if kept is None:
         return 0

@@ -14,7 +14,7 @@ from launch.planner.model_shape import ModelShape
 
 
 def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, Any], device: str) -> dict[str, Any]:
-    """Everything that is known before a run: sizes in bytes, counts in elements, tokens and FLOPs per optimizer step."""
+    """Everything that is known before a run: sizes in bytes, counts in elements, FLOPs per optimizer step."""
     used = memory(shape, cfg, layout, cfg.data.seq_length, device)
     tokens = (cfg.batch.global_size or 0) * cfg.data.seq_length
     sent = bytes_per_step(shape, cfg, layout)

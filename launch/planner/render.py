@@ -25,7 +25,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
     layout, model, used = plan["layout"], plan["model"], plan["bytes_per_rank"]
     degrees = " × ".join(f"{layout[axis]} {axis}" for axis in ("data", "tensor", "pipeline", "sequence"))
     for name, value in (
-        ("layout", f"{layout['world']} ranks = {degrees}, on {plan['device']}"),
+        ("layout", f"{layout['world']} rank{'s' * (layout['world'] > 1)} = {degrees}, on {plan['device']}"),
         ("batch", plan["batch"]["line"]),
         ("parameters", f"{model['parameters']:,} in {model['layers']} layers, {model['precision']}{_shares(model)}"),
         ("tokens per step", f"{plan['tokens_per_step']:,}"),
@@ -35,7 +35,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
     console.print(_memory_table(used))
     if not used["activations_known"]:
         console.print("activations: not counted, this family's forward pass cannot be traced without values")
-    console.print(_sent_table(plan["bytes_sent_per_rank_and_step"]))
+    if plan["bytes_sent_per_rank_and_step"]["total"]:
+        console.print(_sent_table(plan["bytes_sent_per_rank_and_step"]))
     console.print("engine configuration (ds_config.json)")
     console.print(json.dumps(plan["engine"], indent=2), markup=False)
 

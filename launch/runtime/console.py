@@ -29,7 +29,7 @@ class Terminal:
         self.console = Console(file=self._out, quiet=not first, highlight=False, soft_wrap=True)
 
     def capture(self, log: Path) -> None:
-        """Send all that this process prints from now on (libraries and C code included) to `log`, but for what is said here."""
+        """Send all that this process prints from now on (C code included) to `log`, but for what is said here."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._log = log

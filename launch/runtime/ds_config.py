@@ -30,10 +30,12 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
     device: `cpu` or `cuda`, what the run trains on. `cfg.deepspeed` is merged last, block by block.
     """
     precision, zero = cfg.precision, cfg.zero
+    micro, accumulation = cfg.batch.micro_size, cfg.batch.accumulation
+    assert micro and accumulation, "conf.compose fills in the batch"
     config: dict[str, Any] = {
-        "train_batch_size": cfg.batch.micro_size * cfg.batch.accumulation * layout.data,
-        "train_micro_batch_size_per_gpu": cfg.batch.micro_size,
-        "gradient_accumulation_steps": cfg.batch.accumulation,
+        "train_batch_size": micro * accumulation * layout.data,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
         "managed_gradient_accumulation": True,
         # 0.19.8 clips at 1.0 when the key is missing; 0.0 is off.
         "gradient_clipping": float(cfg.optimizer.gradient_clipping),
@@ -42,7 +44,7 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": _offloads(zero),
         "data_types": {
-            # Stage 0 takes the parameters' own dtype only, the others fp32 too: conf/rules_optimizer.py keeps that rule.
+            # Stage 0 takes the parameters' own dtype only, the others fp32 too (rule in conf/rules_optimizer.py).
             "grad_accum_dtype": precision.accumulation_dtype,
             "param_dtype": MODEL_DTYPE[precision.name],
         },
@@ -78,8 +80,10 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(dict(base))
     for key, value in over.items():
         below = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[key] = merged(below, value) if both else copy.deepcopy(value)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            result[key] = merged(below, value)
+        else:
+            result[key] = copy.deepcopy(value)
     return result
 
 
@@ -100,8 +104,8 @@ def _optimizer(optimizer: OptimizerConfig, zero: ZeroConfig) -> dict[str, Any]:
     if name in ("adam", "adamw", "muon"):
         # Without it the engine gives `adam` the decoupled decay of AdamW too.
         params["adam_w_mode"] = name != "adam"
-        # torch's own Adam: the engine's FusedAdam is compiled at start and exists on CUDA only. The offloaded step needs
-        # the engine's CPUAdam, which `torch_adam` would keep out in silence.
+        # torch's own Adam: the engine's FusedAdam is compiled at start and exists on CUDA only. The offloaded step
+        # needs the engine's CPUAdam, which `torch_adam` would keep out in silence.
         params["torch_adam"] = not _offloads(zero)
     if optimizer.fused is not None and not _offloads(zero):
         params["fused"] = bool(optimizer.fused)  # handed through to the class of torch.optim

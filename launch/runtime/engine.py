@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from conf.batch import Layout
 from conf.schema import Config
@@ -37,9 +38,9 @@ class NonFiniteError(RuntimeError):
 class StepResult:
     """One optimizer step over the global batch.
 
-    loss: mean over all supervised targets of the global batch. grad_norm: L2 norm of the whole gradient before clipping.
-    lr: learning rate of this step. tokens: real (unpadded) tokens of the global batch. applied: False where dynamic fp16
-    loss scaling skipped the update.
+    loss: mean over all supervised targets of the global batch. grad_norm: L2 norm of the whole gradient before
+    clipping. lr: learning rate of this step. tokens: real (unpadded) tokens of the global batch. applied: False where
+    dynamic fp16 loss scaling skipped the update.
     """
 
     loss: float
@@ -50,7 +51,7 @@ class StepResult:
     applied: bool
 
 
-def build_model(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.device) -> nn.Module:
+def build_model(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.device) -> PreTrainedModel:
     """The recipe's model: whole on each rank, or under ZeRO-3 sharded block by block while it is built."""
     stage3 = cfg.zero.stage == 3
     dtype, attention = DTYPES[cfg.precision.name], cfg.model.attention
@@ -92,8 +93,8 @@ class Engine:
 
     The engine averages over data ranks and micro-batches; a mean of means is wrong as soon as these supervise unequal
     numbers of tokens. So losses are sums here, scaled by (data ranks / supervised targets of the global batch) before
-    backward: what the engine averages is then exactly the gradient of the global mean, for every accumulation and number
-    of ranks.
+    backward: what the engine averages is then exactly the gradient of the global mean, for every accumulation and
+    number of ranks.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Engine:
         self.ds.train()
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> PreTrainedModel:
         """The Hugging Face model; its parameters may be shards (ZeRO-3)."""
-        return self.ds.module
+        return cast("PreTrainedModel", self.ds.module)
 
     def _tensors(self, batch: NumpyBatch) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in batch.items()}
@@ -199,14 +200,17 @@ class Engine:
             loss += partial
             supervised += count
         self.ds.train()
-        total, count = self._sum(loss, supervised)
-        return self.recipe.metrics(total / max(1.0, count), int(count))
+        total, rows = self._sum(loss, supervised)
+        return self.recipe.metrics(total / max(1.0, rows), int(rows))
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole gradient in fp32) of each parameter; a collective call, valid inside `inspect`."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                yield name, safe_get_full_grad(parameter).float().reshape(getattr(parameter, "ds_shape", parameter.shape))
+                yield (
+                    name,
+                    safe_get_full_grad(parameter).float().reshape(getattr(parameter, "ds_shape", parameter.shape)),
+                )
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole parameter) one by one; a collective call, nothing is kept gathered."""

@@ -25,17 +25,18 @@ SHARD_BYTES = 4 * 2**30
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut so that no shard is larger than `limit` bytes.
 
-    A layer is never cut (transformers may merge several of its tensors into one when it converts names for the disk), so
-    a layer or a tensor larger than the limit is a shard of its own.
+    A layer is never cut (transformers may merge several of its tensors into one when it converts names for the disk),
+    so a layer or a tensor larger than the limit is a shard of its own.
     """
 
     def layer(name: str) -> str:
         match = re.match(r"(.*?\.\d+)\.", name)
         return match.group(1) if match else name
 
-    shards, room = [[]], limit
-    for _, names in itertools.groupby(sizes, layer):
-        names = list(names)
+    shards: list[list[str]] = [[]]
+    room = limit
+    for _, group in itertools.groupby(sizes, layer):
+        names = list(group)
         size = sum(sizes[name] for name in names)
         if shards[-1] and size > room:
             shards.append([])
@@ -48,7 +49,8 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the engine's model to `folder` so that `from_pretrained` loads it. A collective call; rank 0 writes.
 
-    Parameters are gathered one at a time and written shard by shard. The folder appears whole, by a rename, or not at all.
+    Parameters are gathered one at a time and written shard by shard. The folder appears whole, by a rename, or not at
+    all.
     Weights are in the dtype that training computed with.
     """
     from transformers.core_model_loading import revert_weight_conversion

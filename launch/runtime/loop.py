@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.batch import Layout
+from conf.batch import Layout, sizes
 from conf.schema import Config
 from launch.runtime.engine import Engine, NonFiniteError
 from recipes.base import Recipe
@@ -19,24 +19,24 @@ Row = dict[str, Any]
 
 
 def steps_of(cfg: Config, samples: int) -> int:
-    """Optimizer steps of the run; `epochs` passes over `samples` sequences, the last global batch filled from the next."""
+    """Optimizer steps of the run: `train.steps`, or enough global batches for `train.epochs` passes over `samples`."""
     if cfg.train.steps is not None:
         return cfg.train.steps
-    return max(1, math.ceil(cfg.train.epochs * samples / cfg.batch.global_size))
+    assert cfg.train.epochs is not None  # a rule: one of the two is set
+    return max(1, math.ceil(cfg.train.epochs * samples / sizes(cfg.batch)[0]))
 
 
-def sample_indices(step: int, micro_batch: int, rank: int, cfg: Config, layout: Layout) -> range:
-    """Global sample indices of one micro-batch of one data rank. Step s takes [s·G, (s+1)·G), whatever the layout."""
-    first = step * cfg.batch.global_size + (micro_batch * layout.data + rank) * cfg.batch.micro_size
-    return range(first, first + cfg.batch.micro_size)
+def sample_indices(step: int, rank: int, cfg: Config, layout: Layout) -> list[range]:
+    """Global sample indices of each micro-batch of one data rank. Step s takes [s·G, (s+1)·G), whatever the layout."""
+    global_size, micro, accumulation = sizes(cfg.batch)
+    firsts = [step * global_size + (m * layout.data + rank) * micro for m in range(accumulation)]
+    return [range(first, first + micro) for first in firsts]
 
 
 def training_batches(step: int, rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> list[dict[str, np.ndarray]]:
     """This rank's micro-batches of optimizer step `step`."""
-    return [
-        recipe.collate([recipe.train.row(i) for i in sample_indices(step, m, rank, cfg, layout)], cfg.batch.micro_size)
-        for m in range(cfg.batch.accumulation)
-    ]
+    parts = sample_indices(step, rank, cfg, layout)
+    return [recipe.collate([recipe.train.row(i) for i in part], len(part)) for part in parts]
 
 
 def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> Iterator[dict[str, np.ndarray]]:
@@ -44,7 +44,7 @@ def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> 
 
     Every rank yields equally many micro-batches: under ZeRO-3 a forward pass is a collective call.
     """
-    size, rows = cfg.eval.micro_size, len(recipe.held_out)
+    size, rows = cfg.eval.micro_size or sizes(cfg.batch)[1], len(recipe.held_out)
     for first in range(0, rows, size * layout.data):
         mine = range(first + rank * size, min(first + (rank + 1) * size, rows))
         yield recipe.collate([recipe.held_out.row(i) for i in mine], size)
@@ -84,7 +84,7 @@ def run(
         try:
             result = engine.train_step(training_batches(step, rank, recipe, cfg, layout))
         except NonFiniteError as error:
-            samples = [list(sample_indices(step, m, rank, cfg, layout)) for m in range(cfg.batch.accumulation)]
+            samples = [list(part) for part in sample_indices(step, rank, cfg, layout)]
             raise NonFiniteError(
                 f"step {step + 1}, rank {rank}: {error}; this rank's sample indices: {samples}. "
                 "The weights are those of the step before."
@@ -98,7 +98,7 @@ def run(
                 "lr": result.lr,
                 "grad_norm": result.grad_norm,
                 "tokens": outcome.tokens,
-                "samples": (step + 1) * cfg.batch.global_size,
+                "samples": (step + 1) * sizes(cfg.batch)[0],
                 "tokens_per_s": result.tokens / seconds,
                 "step_s": seconds,
                 "peak_memory_bytes": engine.peak_memory_bytes(),

@@ -17,10 +17,14 @@ class Tracker(ABC):
     """Somewhere else that metrics go."""
 
     @abstractmethod
+    def __init__(self, run_dir: Path, cfg: Config, config: dict[str, Any]):
+        """config: the resolved configuration as plain values."""
+
+    @abstractmethod
     def log(self, row: Row) -> None:
         """One row of metrics.jsonl; evaluation rows carry `split`."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing to do is a fine default
         """Flush and finish."""
 
 

@@ -40,21 +40,25 @@ class RunMetrics:
 def read_metrics(run_dir: Path) -> RunMetrics:
     """The metrics of a run directory.
 
-    Raises RequestError for a folder that does not exist, has no metrics.jsonl or an empty one, and for a line that is not
-    a row (with file and line). A last line without its end is one that the run is just writing, or never finished.
+    Raises RequestError for a folder that does not exist, has no metrics.jsonl or an empty one, and for a line that is
+    not a row (with file and line). A last line without its end is being written, or never was finished: it is left out.
     """
     if not run_dir.is_dir():
         raise RequestError(Problem("RUN_DIR", str(run_dir), "no such folder", _neighbour(run_dir)))
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
-        raise RequestError(Problem("RUN_DIR", str(run_dir), "no metrics.jsonl in it: not a run directory", _runs_below(run_dir)))
+        raise RequestError(
+            Problem("RUN_DIR", str(run_dir), "no metrics.jsonl in it: not a run directory", _runs_below(run_dir))
+        )
     steps: list[Row] = []
     held_out: list[Row] = []
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            (held_out if "split" in row else steps).append({**row, "step": int(row["step"]), "loss": float(row["loss"])})
+            (held_out if "split" in row else steps).append(
+                {**row, "step": int(row["step"]), "loss": float(row["loss"])}
+            )
         except (ValueError, KeyError, TypeError):
             shown = line[:60].decode("utf-8", "replace")
             rule = f"not a row of metrics (one JSON object with step and loss): {shown!r}"
@@ -65,7 +69,7 @@ def read_metrics(run_dir: Path) -> RunMetrics:
 
 
 def plot_loss(run_dir: Path) -> Path:
-    """Write `loss.png` into a run directory: training loss and held-out points over optimizer steps. Returns its path."""
+    """Write `loss.png` into a run directory: training loss and held-out points over steps. Returns its path."""
     run = read_metrics(run_dir)
 
     def draw(axes: Any) -> None:
@@ -103,9 +107,7 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
     return _figure(out, (12, 7.5), (2, 2), draw)
 
 
-def _loss(
-    axes: Axes, run: RunMetrics, colour: str, label: str, held_out_colour: str, held_out_label: str
-) -> None:
+def _loss(axes: Axes, run: RunMetrics, colour: str, label: str, held_out_colour: str, held_out_label: str) -> None:
     steps, losses = [row["step"] for row in run.steps], [row["loss"] for row in run.steps]
     if len(steps) >= MANY_STEPS:
         axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.25)
@@ -114,7 +116,9 @@ def _loss(
         axes.plot(steps, losses, color=colour, linewidth=1.4, label=label)
     if run.held_out:
         points = [row["step"] for row in run.held_out], [row["loss"] for row in run.held_out]
-        axes.plot(*points, "o", color=held_out_colour, markeredgecolor="white", markersize=6, label=held_out_label, zorder=3)
+        axes.plot(
+            *points, "o", color=held_out_colour, markeredgecolor="white", markersize=6, label=held_out_label, zorder=3
+        )
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlabel("optimizer step")
 

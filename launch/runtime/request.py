@@ -1,4 +1,4 @@
-"""How every command starts and ends: read the request, check it before torch is imported, end with the agreed exit code."""
+"""How every command starts and ends: the request is read and checked before torch is imported, the exit code agreed."""
 
 from __future__ import annotations
 

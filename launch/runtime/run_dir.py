@@ -29,8 +29,8 @@ class RunDir:
     def create(self, overwrite: bool, needed_bytes: int = 0) -> None:
         """Make the folder and show that it can be written and holds enough; replace an old run where asked.
 
-        Raises RequestError (run_dir) when it is read-only, full, or cannot be made. Nothing is deleted before the folder
-        is known to be writable.
+        Raises RequestError (run_dir) when it is read-only, full, or cannot be made. Nothing is deleted before the
+        folder is known to be writable.
         """
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,12 @@ class RunDir:
             # A failed probe must not stay behind on a full disk.
             (self.logs / ".probe").unlink(missing_ok=True) if self.logs.is_dir() else None
             raise RequestError(
-                Problem("run_dir", str(self.path), f"cannot be written: {error.strerror}", "run_dir=FOLDER on a writable disk")
+                Problem(
+                    "run_dir",
+                    str(self.path),
+                    f"cannot be written: {error.strerror}",
+                    "run_dir=FOLDER on a writable disk",
+                )
             ) from None
         if free < needed_bytes:
             raise RequestError(

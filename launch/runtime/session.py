@@ -20,7 +20,7 @@ from recipes.base import Recipe
 
 
 def prepare(request: Request, terminal: Terminal) -> Recipe:
-    """Read, tokenise and cache the rows, before any process group exists. One rank works, the others wait for the cache."""
+    """Read, tokenise and cache the rows before any process group exists: one rank works, the others wait for it."""
     recipe = recipe_class(request.cfg.task)(request.cfg)
     bars: dict[str, Bar] = {}
 

@@ -19,7 +19,7 @@ from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
 from recipes.data.encode import Encoder
 from recipes.data.order import MixedDataset, SampleOrder
-from recipes.data.packing import Packing, SequenceSet, Tokens, pack
+from recipes.data.packing import Packing, SequenceSet, Tokens, pack, widths
 from recipes.data.rows import Meter, Problems, Row, column_keys
 from recipes.data.sources import Source, open_sources
 from recipes.data.store import ArrayWriter, Entry, default_cache_dir, entry, writing
@@ -275,13 +275,14 @@ def _source_report(
     report: dict[str, Any] = {"source": source.name, "weight": source.config.weight, "skipped": store.facts["skipped"]}
     for split in SPLITS:
         tokens, packing = parts[split]
-        rows, used = len(packing.rows) - 1, int(packing.length.sum())
+        real = np.diff(np.concatenate([[0], np.cumsum(packing.length)])[packing.rows])
+        rows, used = len(real), int(real.sum())
         report[split] = {
             "documents": tokens.documents,
             "tokens": used,
             "supervised": int(packing.supervised.sum()),
             "sequences": rows,
-            "padding": 1 - used / (rows * data.seq_length),
+            "padding": 1 - used / int(widths(real, data.seq_length, data.packing).sum()),
             "truncated": packing.truncated,
             "without_supervision": packing.unsupervised,
         }

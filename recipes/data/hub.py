@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError, did_you_mean
+from recipes.data.network import offline_without_network
 from recipes.data.readers import Record, good_rows
 from recipes.data.rows import Meter, Problems, Row, column_keys, missing_columns
 from recipes.data.sources import Source, held_out_row
@@ -59,6 +61,8 @@ class HubSource(Source):
         return splits
 
     def _load(self, key: str, split: str) -> Any:
+        if not Path(self.name).exists():
+            offline_without_network()
         import datasets
 
         try:

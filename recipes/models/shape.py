@@ -7,7 +7,7 @@ seconds. What backward will need is not guessed per family either: a forward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,11 @@ class ModelShape:
     head_dim: int
     max_positions: int | None
     activations: Activations | None
-    """None for a family whose forward pass looks at values (experts chosen by the data), which meta tensors have not."""
+    """None for a family whose forward pass looks at values (which expert?): meta tensors have none."""
 
 
 def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelShape:
-    """The shape of the model that this configuration trains, at `data.seq_length` and the parameter dtype of `precision`.
+    """The shape of the model that a configuration trains, at `data.seq_length` and the dtype of `precision`.
 
     Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make a causal LM of
     (model.*), and for sequences longer than the model's positions (data.seq_length).
@@ -122,7 +122,7 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     if model.path is None:
         vocabulary = {} if "vocab_size" in model.config else {"vocab_size": data.vocab_size or 4096}
         try:
-            return AutoConfig.for_model(model.type, **{**model.config, **vocabulary, "use_cache": False})
+            return AutoConfig.for_model(str(model.type), **{**model.config, **vocabulary, "use_cache": False})
         except (ValueError, TypeError, KeyError) as error:
             rule = f"transformers refuses this configuration: {_first_line(error)}"
             raise RequestError(Problem("model.type", str(model.type), rule)) from error
@@ -146,11 +146,13 @@ def _first_line(error: Exception) -> str:
 def _embedding(network: PreTrainedModel) -> int:
     from torch import nn
 
-    tables = {id(module.weight): module.weight.numel() for module in network.modules() if isinstance(module, nn.Embedding)}
+    tables = {
+        id(module.weight): module.weight.numel() for module in network.modules() if isinstance(module, nn.Embedding)
+    }
     return sum(tables.values())
 
 
-def _register_traced(attention: str, packing: str) -> str:
+def _register_traced(attention: str | None, packing: str) -> str:
     """Register an attention that keeps for backward what the real one keeps, and works on meta tensors.
 
     Fused kernels keep query, key, value, output and one fp32 number per row (FlashAttention, Dao et al. 2022, alg. 1),
@@ -162,7 +164,7 @@ def _register_traced(attention: str, packing: str) -> str:
     from transformers import AttentionInterface
 
     eager = attention == "eager"
-    masked = attention == "sdpa" and packing == "documents"
+    masked = attention in (None, "sdpa") and packing == "documents"
 
     class Kept(torch.autograd.Function):
         @staticmethod
@@ -197,7 +199,7 @@ def _register_traced(attention: str, packing: str) -> str:
     return name
 
 
-def _trace(network: PreTrainedModel, layers: list[torch.nn.Module], seq_length: int) -> Activations | None:
+def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], seq_length: int) -> Activations | None:
     """What a forward pass over one sequence of `seq_length` tokens saves for backward, by layer."""
     import torch
 

@@ -46,7 +46,12 @@ def step_losses(rank: int, world: int, options: list[dict]) -> list[list[float]]
 
 def plain_model(recipe) -> torch.nn.Module:
     return from_scratch(
-        recipe.hf_class(), recipe.model_config(), seed=0, dtype=torch.float32, device=torch.device("cpu"), attention=None
+        recipe.hf_class(),
+        recipe.model_config(),
+        seed=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=None,
     )
 
 
@@ -63,7 +68,9 @@ def test_each_held_out_row_counts_once(world: int) -> None:
     recipe = TinyCausalLM(tiny_config(1, 1, 1))
     recipe.prepare()
     rows = [recipe.held_out.row(i) for i in range(len(recipe.held_out))]
-    ids, labels, positions = (torch.tensor(np.stack([r[k] for r in rows])) for k in ("input_ids", "labels", "position_ids"))
+    ids, labels, positions = (
+        torch.tensor(np.stack([r[k] for r in rows])) for k in ("input_ids", "labels", "position_ids")
+    )
     with torch.no_grad():
         logits = plain_model(recipe)(input_ids=ids, position_ids=positions).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
@@ -130,7 +137,9 @@ def poisoned(rank: int, world: int, stage: int, precision: str, where: str) -> t
     from launch.runtime.engine import NonFiniteError
 
     accumulation = "fp32" if stage or precision == "fp32" else "bf16"
-    engine, recipe, cfg, layout = make(world, stage, precision__name=precision, precision__accumulation_dtype=accumulation)
+    engine, recipe, cfg, layout = make(
+        world, stage, precision__name=precision, precision__accumulation_dtype=accumulation
+    )
     bad = Poisoned(cfg)
     bad.__dict__.update(recipe.__dict__)
     bad.where = where
@@ -145,7 +154,9 @@ def poisoned(rank: int, world: int, stage: int, precision: str, where: str) -> t
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
 def test_bad_numbers_stop_before_the_update(stage: int, precision: str, where: str) -> None:
     for rank, (message, unchanged) in enumerate(run_ranks(2, poisoned, stage, precision, where)):
         assert f"step 1, rank {rank}" in message and "sample indices" in message

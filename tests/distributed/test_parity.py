@@ -20,7 +20,7 @@ from recipes.models.build import from_scratch
 WORLDS, STAGES, ACCUMULATIONS, CHECKPOINTING = (1, 2, 4), (0, 1, 2, 3), (1, 2, 4), (0, 1)
 GLOBAL, STEPS = 16, 5
 RELATIVE = 1e-5
-"""Sums in another order leave 4e-7 in the first fp32 gradient; Adam, which divides by small gradients, carries it on."""
+"""Sums in another order leave 4e-7 in the first fp32 gradient; Adam, which divides by small gradients, keeps it."""
 
 
 def engine_run(rank: int, world: int, combinations: list[tuple]) -> dict:
@@ -46,7 +46,9 @@ def engine_run(rank: int, world: int, combinations: list[tuple]) -> dict:
                 into.update({name: g.clone() for name, g in e.gradients()})
 
             result = engine.train_step(training_batches(step, rank, recipe, cfg, layout), inspect)
-            steps.append((result.loss, result.grad_norm, {k: v.numpy() for k, v in gradients.items()} if rank == 0 else {}))
+            steps.append(
+                (result.loss, result.grad_norm, {k: v.numpy() for k, v in gradients.items()} if rank == 0 else {})
+            )
         results[stage, accumulation, checkpointing] = steps
         engine.ds.destroy()
     return results
@@ -59,7 +61,12 @@ def reference() -> list[tuple]:
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
     model = from_scratch(
-        recipe.hf_class(), recipe.model_config(), seed=0, dtype=torch.float32, device=torch.device("cpu"), attention=None
+        recipe.hf_class(),
+        recipe.model_config(),
+        seed=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=None,
     )
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -68,7 +75,9 @@ def reference() -> list[tuple]:
     steps = []
     for step in range(STEPS):
         rows = [recipe.train.row(i) for i in range(step * GLOBAL, (step + 1) * GLOBAL)]
-        ids, labels, positions = (torch.tensor(np.stack([r[k] for r in rows])) for k in ("input_ids", "labels", "position_ids"))
+        ids, labels, positions = (
+            torch.tensor(np.stack([r[k] for r in rows])) for k in ("input_ids", "labels", "position_ids")
+        )
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
@@ -91,7 +100,9 @@ def runs(world: int) -> dict:
 @pytest.mark.parametrize("world", WORLDS)
 def test_gradients_equal_plain_pytorch(world: int, stage: int, accumulation: int, checkpointing: int) -> None:
     steps = runs(world)[stage, accumulation, checkpointing]
-    for number, ((loss, norm, gradients), (loss0, norm0, gradients0)) in enumerate(zip(steps, reference(), strict=True)):
+    for number, ((loss, norm, gradients), (loss0, norm0, gradients0)) in enumerate(
+        zip(steps, reference(), strict=True)
+    ):
         assert loss == pytest.approx(loss0, rel=RELATIVE), f"step {number}"
         assert norm == pytest.approx(norm0, rel=RELATIVE), f"step {number}"
         assert gradients.keys() == gradients0.keys()

@@ -14,7 +14,13 @@ from tiny import TinyCausalLM, tiny_config
 from conf.batch import Layout
 from recipes.models.build import from_scratch
 
-WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 4, "vocab_size": 2048}
+WIDE = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "vocab_size": 2048,
+}
 WORLD = 4
 
 
@@ -71,7 +77,12 @@ def build_peak(rank: int, world: int, folder: Path | None) -> tuple[float, dict]
 def test_no_rank_holds_the_whole_model(pretrained: bool, tmp_path: Path) -> None:
     recipe = _recipe(None)
     whole = from_scratch(
-        recipe.hf_class(), recipe.model_config(), seed=0, dtype=torch.float32, device=torch.device("cpu"), attention=None
+        recipe.hf_class(),
+        recipe.model_config(),
+        seed=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=None,
     )
     if pretrained:
         whole.save_pretrained(tmp_path / "m")

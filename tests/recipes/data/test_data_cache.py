@@ -153,10 +153,11 @@ def _prepare_in_rank(data, tokenizer_path, builds, results):
 
 def test_ranks_that_start_together_tokenise_once(data, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer(["threads of this process"] * 100)  # the forked ranks inherit the pool without its threads
     context = multiprocessing.get_context("fork")
     builds, results = context.Value("i", 0), context.Queue()
     arguments = (data, str(tmp_path / "tokenizer"), builds, results)
-    ranks = [context.Process(target=_prepare_in_rank, args=arguments) for _ in range(3)]
+    ranks = [context.Process(target=_prepare_in_rank, args=arguments, daemon=True) for _ in range(3)]
     for rank in ranks:
         rank.start()
     assert len({results.get(timeout=60) for _ in ranks}) == 1
@@ -221,8 +222,12 @@ def test_mixture_of_rows_and_text(write, config, tokenizer):
 def test_sequences_of_chats(write, config, chat_tokenizer):
     chats = [{"m": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(9)]
     data = config(kind="jsonl", path=str(write("chats.jsonl", chats)), messages="m", packing="none", seq_length=128)
-    (train,) = prepare(data, chat_tokenizer, seed=0).train
+    prepared = prepare(data, chat_tokenizer, seed=0)
+    (train,) = prepared.train
     row = train.row(0)
+    rows = [train.row(i) for i in range(len(train))]
+    padding = 1 - np.mean(np.concatenate([row["attended"] for row in rows]))
+    assert prepared.report["sources"][0]["train"]["padding"] == pytest.approx(padding)
     assert chat_tokenizer.decode(row["labels"][row["labels"] != -100]) == "1!<|im_end|>"
 
 

@@ -1,0 +1,76 @@
+"""launch/plan.py as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch/plan.py"), *arguments]
+    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, check=False)
+
+
+def test_json_is_one_object_and_adds_up(tmp_path: Path) -> None:
+    done = plan(
+        "--local_rank=0",
+        "world_size=8",
+        "format=json",
+        "+recipe=quickstart",
+        "zero=stage2",
+        "batch.micro_size=2",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["layout"]["data"] == 8
+    assert got["batch"]["global_size"] == got["batch"]["micro_size"] * got["batch"]["accumulation"] * 8
+    assert got["tokens_per_step"] == got["batch"]["global_size"] * 256
+    on_device = got["bytes_per_rank"]["device"]
+    assert on_device["total"] == sum(size for part, size in on_device.items() if part != "total") > 0
+    assert on_device["activations"] > 0
+    assert got["engine"]["train_batch_size"] == got["batch"]["global_size"]
+    assert got["engine"]["zero_optimization"]["stage"] == 2
+    assert not list(tmp_path.iterdir()), "planning writes nothing"
+
+
+def test_table_shows_the_batch_and_every_part() -> None:
+    done = plan("+recipe=quickstart", "world_size=2")
+    assert done.returncode == 0, done.stderr
+    assert "2 data ranks" in done.stdout and '"train_batch_size"' in done.stdout
+    for part in ("parameters", "gradients", "optimizer state", "activations", "logits and loss", "total"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        (("+recipe=quickstart", "batch.global_size=32", "batch.micro_size=7", "batch.accumulation=1"), "batch."),
+        (("+recipe=quickstart", "world_size=0"), "world_size=0"),
+        (("+recipe=quickstart", "world_size=two"), "world_size=two"),
+        (("+recipe=quickstart", "format=jsn"), "format=json"),
+        (("+recipe=quickstart", "optimiser.lr=1"), "optimizer"),
+        (("world_size=2",), "+recipe=quickstart"),
+    ],
+)
+def test_wrong_requests_end_at_once_without_a_traceback(arguments: tuple[str, ...], says: str) -> None:
+    started = time.perf_counter()
+    done = plan(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:") and says in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+    # The issue's bound is 2 s; importing torch alone takes longer than that on a busy machine.
+    assert time.perf_counter() - started < 4
+
+
+def test_what_only_the_model_knows_is_refused_too() -> None:
+    done = plan("+recipe=quickstart", "model.type=no_such_family")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:") and "no_such_family" in done.stderr and "Traceback" not in done.stderr

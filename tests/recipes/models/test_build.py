@@ -1,0 +1,122 @@
+"""Models from scratch: the family's own initialisation, whatever the order; packed documents stay apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import TinyCausalLM, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from recipes.models.build import blocks, checkpoint_layers, from_scratch
+from recipes.models.packed import keeps_documents_apart
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SPECIAL = {"vocab_size": 301, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+FAMILIES = {
+    "llama": {**SHAPE, "tie_word_embeddings": False}, "qwen3": {**SHAPE, "tie_word_embeddings": True}, "gpt2": GPT2,
+            "gpt_neox": {**SHAPE}, "opt": {**SHAPE, "ffn_dim": 96, "max_position_embeddings": 64},
+    "gemma2": {**SHAPE, "head_dim": 16}}  # fmt: skip
+
+
+def config(family: str):
+    return AutoConfig.for_model(family, **SPECIAL, **FAMILIES[family])
+
+
+def build(family: str, seed: int = 0, **options):
+    return from_scratch(
+        AutoModelForCausalLM,
+        config(family),
+        seed=seed,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        attention=None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initialisation_is_the_familys_own(family: str) -> None:
+    set_seed(0)
+    plain = AutoModelForCausalLM.from_config(config(family))
+    ours = build(family)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert mine.mean().item() == pytest.approx(theirs.mean().item(), abs=0.01), name
+        assert mine.std().item() == pytest.approx(theirs.std().item(), rel=0.15, abs=1e-6), name
+    for (name, mine), theirs in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_values_depend_on_the_seed_and_nothing_else() -> None:
+    first, again, other = build("llama"), build("llama"), build("llama", seed=1)
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.model.layers[0].mlp.up_proj.weight, other.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(first.model.layers[0].mlp.up_proj.weight, first.model.layers[1].mlp.up_proj.weight)
+    build("llama")
+    assert torch.equal(state, torch.get_rng_state()), "the caller's generator was moved"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_never_more_than_one_block_is_whole(family: str) -> None:
+    """`place` may shard what it gets: each parameter comes by exactly once, no two blocks at a time."""
+    seen: list[int] = []
+    largest = 0
+
+    def place(parameters):
+        nonlocal largest
+        largest = max(largest, sum(p.numel() for p in parameters))
+        seen.extend(id(p) for p in parameters)
+
+    model = build(family, place=place)
+    assert sorted(seen) == sorted(id(p) for p in model.parameters())
+    assert largest < sum(p.numel() for p in model.parameters()) / 2
+
+
+def test_blocks_are_layers_and_what_is_around_them() -> None:
+    names = [name for name, _ in blocks(build("llama"))]
+    assert names.index("model.layers.0") < names.index("model") < names.index("")
+    assert "model.layers.0.mlp" not in names and "model.layers" not in names
+
+
+@pytest.mark.parametrize("every, expected", [(0, [False] * 3), (1, [True] * 3), (2, [True, False, True])])
+def test_activation_checkpointing_of_every_nth_layer(every: int, expected: list[bool]) -> None:
+    model = build("llama")
+    checkpoint_layers(model, every)
+    assert [bool(layer.gradient_checkpointing) for layer in model.model.layers] == expected
+
+
+@pytest.mark.parametrize(
+    "family, apart",
+    [("llama", True), ("qwen3", True), ("gpt2", True), ("gemma2", True), ("bloom", False), ("mamba", False)],
+)
+def test_families_that_mix_packed_documents_are_noticed(family: str, apart: bool) -> None:
+    if family in FAMILIES:
+        model = build(family)
+    else:
+        shape = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=301, **shape))
+    assert keeps_documents_apart(model.eval(), torch.device("cpu")) is apart
+
+
+def test_packed_documents_get_the_logits_they_have_alone() -> None:
+    recipe = TinyCausalLM(tiny_config(1, 1, 1))
+    recipe.prepare()
+    model = build("llama").eval()
+    row = recipe.train.row(3)
+    ids, positions = torch.tensor(row["input_ids"])[None], torch.tensor(row["position_ids"])[None]
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        cut = int(np.flatnonzero(row["position_ids"] == 0)[1])
+        for part in (slice(0, cut), slice(cut, None)):
+            alone = model(input_ids=ids[:, part], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[part], alone, rtol=1e-5, atol=1e-5)
