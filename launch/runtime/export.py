@@ -1,4 +1,4 @@
-"""The one exporter: a running engine's parameters, streamed one shard at a time into a normal Hugging Face folder."""
+"""The one exporter: parameters streamed one shard at a time into a normal Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,19 +7,130 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from conf.errors import Problem, RequestError
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from launch.runtime.engine import Engine
     from recipes.base import Recipe
 
 SHARD_BYTES = 4 * 2**30
 """Largest safetensors file; also the most that rank 0 holds beyond its own share while exporting."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the engine's model to `folder` so that `from_pretrained` loads it. A collective call; rank 0 writes.
+
+    Parameters are gathered one at a time. The folder appears whole, by a rename, or not at all. Weights are in the
+    dtype that training computed with, under the names that the family's checkpoints on the hub have.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = engine.module
+    buffers = dict(_persistent_buffers(model))
+    sizes = {name: p.element_size() * getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    sizes |= {name: buffer.nbytes for name, buffer in buffers.items()}
+    stream = itertools.chain(engine.parameters(), buffers.items())
+
+    def describe(scratch: Path) -> None:
+        config = model.config
+        config.use_cache, config.architectures = True, [type(model).__name__]
+        config.save_pretrained(scratch)
+        config.use_cache = False
+        if model.can_generate() and getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(scratch)
+        recipe.save_processor(scratch)
+
+    _write(stream, sizes, folder, describe, lambda held: revert_weight_conversion(model, held), first, shard_bytes)
+
+
+def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Copy an exported model to `folder` in another dtype (None: as it is) or with other shards, tensor by tensor.
+
+    Raises RequestError when `source` holds no model.
+    """
+    files = sorted(source.glob("*.safetensors"))
+    if not files or not (source / "config.json").exists():
+        rule = "holds no exported model (config.json and *.safetensors)"
+        raise RequestError(Problem("MODEL", str(source), rule, "RUN_DIR/model of a finished run"))
+    sizes: dict[str, int] = {}
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                view = tensors.get_slice(name)
+                element = torch.empty(0, dtype=dtype).element_size() if dtype else 4
+                sizes[name] = element * torch.Size(view.get_shape()).numel()
+                where[name] = file
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, file in where.items():
+            with safe_open(file, framework="pt") as tensors:
+                value = tensors.get_tensor(name)
+            yield name, value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    def describe(scratch: Path) -> None:
+        for file in source.iterdir():
+            if file.is_file() and ".safetensors" not in file.name:
+                shutil.copy(file, scratch / file.name)
+        if dtype is not None:
+            config = json.loads((scratch / "config.json").read_text())
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    _write(stream(), sizes, folder, describe, lambda held: held, True, shard_bytes)
+
+
+def _write(
+    stream: Iterator[tuple[str, torch.Tensor]],
+    sizes: dict[str, int],
+    folder: Path,
+    describe: Callable[[Path], None],
+    rename: Callable[[Tensors], Tensors],
+    first: bool,
+    shard_bytes: int,
+) -> None:
+    """Write (name, tensor) pairs in the order and of the bytes of `sizes`; ranks other than the first only listen."""
+    plan = _shards(sizes, shard_bytes)
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    if first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    index: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(plan, 1):
+        held: Tensors = {}
+        for expected in names:
+            name, value = next(stream)
+            assert name == expected, f"{name} came in place of {expected}"
+            if first:
+                held[name] = value.to("cpu", copy=True).contiguous()
+        if first:
+            held = {name: value.contiguous() for name, value in rename(held).items()}
+            file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+            save_file(held, scratch / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(held, file)
+            total += sum(value.nbytes for value in held.values())
+    # Run the generator to its end on every rank: the last parameter it gathered is released there, together.
+    assert next(stream, None) is None, "more tensors than were announced"
+    if first:
+        if len(plan) > 1:
+            listing = {"metadata": {"total_size": total}, "weight_map": index}
+            (scratch / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2) + "\n")
+        describe(scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -46,59 +157,7 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the engine's model to `folder` so that `from_pretrained` loads it. A collective call; rank 0 writes.
-
-    Parameters are gathered one at a time and written shard by shard. The folder appears whole, by a rename, or not at
-    all.
-    Weights are in the dtype that training computed with.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    model = engine.module
-    scratch = folder.with_name(f".{folder.name}.tmp")
-    if first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
-    element = {name: p.element_size() for name, p in model.named_parameters()}
-    buffers = {name: b for name, b in _persistent_buffers(model)}
-    sizes = {name: shape.numel() * element[name] for name, shape in shapes.items()}
-    plan = _shards(sizes, shard_bytes)
-    index: dict[str, str] = {}
-    stream = engine.parameters()
-    for number, names in enumerate(plan, 1):
-        held: dict[str, torch.Tensor] = {}
-        for _ in names:
-            name, value = next(stream)
-            if first:
-                held[name] = value.to("cpu", copy=True).contiguous()
-        if first:
-            if number == len(plan):
-                held.update({name: b.to("cpu", copy=True).contiguous() for name, b in buffers.items()})
-            held = revert_weight_conversion(model, held)
-            held = {name: value.contiguous() for name, value in held.items()}
-            file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            save_file(held, scratch / file, metadata={"format": "pt"})
-            index.update(dict.fromkeys(held, file))
-    for _ in stream:  # exhausts the generator on every rank: its last gather must be released together
-        raise RuntimeError("parameters changed while exporting")
-    if first:
-        if len(plan) > 1:
-            total = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-            (scratch / "model.safetensors.index.json").write_text(json.dumps(total, indent=2))
-        config = model.config
-        config.use_cache, config.architectures = True, [type(model).__name__]
-        config.save_pretrained(scratch)
-        config.use_cache = False
-        if getattr(model, "generation_config", None) is not None and model.can_generate():
-            model.generation_config.save_pretrained(scratch)
-        recipe.save_processor(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
-
-
-def _persistent_buffers(model) -> Iterator[tuple[str, torch.Tensor]]:
+def _persistent_buffers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:

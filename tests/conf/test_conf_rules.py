@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from operator import attrgetter
 
 import pytest
 from conf_cases import BARE, CPU, CPU_AIO, CPU_FP16, GPU, problems_of, quick, unchecked, write
 
 from conf.batch import Layout
-from conf.rules import RULES
+from conf.rules import RULES, check
+
+LAYOUT = Layout(world=2, data=2)
 
 ADAGRAD = ("optimizer=adagrad",)
 ONE = "[{kind: stdlib}]"
@@ -20,43 +24,16 @@ PRETRAINED = ("model=pretrained", "model.path=./whole")
 # (what breaks it, the key it names, its legal neighbour, the machine)
 CASES = [
     # rules_values
-    (["seed=-1"], "seed", ["seed=0"], CPU),
     (["data.seq_length=1"], "data.seq_length", ["data.seq_length=2"], CPU),
-    (["data.held_out=1"], "data.held_out", ["data.held_out=0.5"], CPU),
-    (["data.held_out=0"], "data.held_out", ["data.held_out=0.001"], CPU),
-    (["data.max_files=0"], "data.max_files", ["data.max_files=2"], CPU),
-    (["train.steps=0"], "train.steps", ["train.steps=30"], CPU),
     (["train.steps=-3"], "train.steps", ["train.steps=25"], CPU),
     (["train.steps=null", "train.epochs=0"], "train.epochs", ["train.steps=null", "train.epochs=0.5"], CPU),
-    (["train.activation_checkpointing=-1"], "train.activation_checkpointing", ["train.activation_checkpointing=2"],
-     CPU),
-    (["train.threads=0"], "train.threads", ["train.threads=1"], CPU),
-    (["optimizer.lr=0"], "optimizer.lr", ["optimizer.lr=1e-9"], CPU),
-    (["optimizer.lr=-1e-3"], "optimizer.lr", ["optimizer.lr=1"], CPU),
-    (["optimizer.lr=inf"], "optimizer.lr", ["optimizer.lr=0.5"], CPU),
     (["optimizer.lr=nan"], "optimizer.lr", ["optimizer.lr=0.1"], CPU),
-    (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay", ["optimizer.weight_decay=0"], CPU),
-    (["optimizer.eps=0"], "optimizer.eps", ["optimizer.eps=1e-12"], CPU),
-    (["optimizer.gradient_clipping=-1"], "optimizer.gradient_clipping", ["optimizer.gradient_clipping=0"], CPU),
-    (["scheduler.min_ratio=1.5"], "scheduler.min_ratio", ["scheduler.min_ratio=1"], CPU),
-    (["scheduler.warmup_steps=-1"], "scheduler.warmup_steps", ["scheduler.warmup_steps=0"], CPU),
-    (["zero.stage=4"], "zero.stage", ["zero.stage=3"], CPU),
-    (["eval.every=-1"], "eval.every", ["eval.every=0"], CPU),
-    (["eval.micro_size=0"], "eval.micro_size", ["eval.micro_size=1"], CPU),
-    (["eval.new_tokens=0"], "eval.new_tokens", ["eval.new_tokens=1"], CPU),
-    (["checkpoint.every=-1"], "checkpoint.every", ["checkpoint.every=1"], CPU),
-    (["zero.reduce_bucket_size=0"], "zero.reduce_bucket_size", ["zero.reduce_bucket_size=1"], CPU),
     (["batch.micro_size=0"], "batch.micro_size", ["batch.micro_size=1"], CPU),
     (["device=gpu"], "device", ["device=cpu"], CPU),
-    (["data.packing=doc"], "data.packing", ["data.packing=blocks"], CPU),
-    (["data.kind=sdtlib"], "data.kind", ["data.kind=stdlib"], CPU),
     (["data=mixture", "data.mixture=[{kind: foo}, {}]"], "data.mixture[0].kind", ["data.mixture=[{}, {}]"], CPU),
-    (["scheduler.name=cosin"], "scheduler.name", ["scheduler.name=linear"], CPU),
     (["optimizer.betas=[0.9]"], "optimizer.betas", ["optimizer.betas=[0.9,0.999]"], CPU),
-    (["optimizer.betas=[0.9,1.0]"], "optimizer.betas", ["optimizer.betas=[0,0.999]"], CPU),
     (["data.mixture=[{weight: 0}, {}]"], "data.mixture[0].weight", [f"data.mixture={TWO}"], CPU),
     (["track.to=[tensorbord]"], "track.to", ["track.to=[tensorboard,csv]"], CPU),
-    (["track.to=[csv,csv]"], "track.to", ["track=none"], CPU),
     # rules_run
     (["train.steps=null"], "train.steps", ["train.steps=100"], CPU),
     (["train.epochs=1"], "train.epochs", ["train.epochs=1", "train.steps=null"], CPU),
@@ -205,6 +182,66 @@ CASES = [
 ]  # fmt: skip
 
 
+# (key, illegal value, legal value): what one key alone may hold
+VALUES = [
+    ("seed", -1, 0),
+    ("seed", 2**32, 2**32 - 1),
+    ("data.seq_length", 1, 2),
+    ("data.held_out", 1.0, 0.5),
+    ("data.held_out", 0.0, 0.001),
+    ("data.max_files", 0, 2),
+    ("data.vocab_size", 100, 4096),
+    ("data.packing", "doc", "blocks"),
+    ("data.kind", "sdtlib", "stdlib"),
+    ("train.steps", 0, 25),
+    ("train.activation_checkpointing", -1, 2),
+    ("train.threads", 0, 1),
+    ("optimizer.lr", 0.0, 1e-9),
+    ("optimizer.lr", -1e-3, 1.0),
+    ("optimizer.lr", float("inf"), 0.5),
+    ("optimizer.weight_decay", -0.1, 0.0),
+    ("optimizer.eps", 0.0, 1e-12),
+    ("optimizer.betas", [0.9, 1.0], [0.0, 0.999]),
+    ("optimizer.gradient_clipping", -1.0, 0.0),
+    ("scheduler.name", "cosin", "linear"),
+    ("scheduler.min_ratio", 1.5, 1.0),
+    ("scheduler.warmup_steps", -1, 0),
+    ("scheduler.decay_steps", 0, None),
+    ("precision.name", "fp64", "bf16"),
+    ("precision.accumulation_dtype", "tf32", "fp32"),
+    ("zero.stage", 4, 3),
+    ("zero.reduce_bucket_size", 0, 1),
+    ("zero.offload_optimizer", "disk", "cpu"),
+    ("eval.every", -1, 0),
+    ("eval.micro_size", 0, 1),
+    ("eval.new_tokens", 0, 1),
+    ("checkpoint.every", -1, 1),
+    ("checkpoint.keep", 0, 2),
+    ("track.to", ["csv", "csv"], ["csv"]),
+]
+
+
+@pytest.mark.parametrize(("key", "wrong", "legal"), VALUES, ids=[f"{key}={wrong}" for key, wrong, _ in VALUES])
+def test_the_values_of_one_key(key, wrong, legal, quickstart):
+    section, name = key.rpartition(".")[::2]
+    owner = attrgetter(section)(quickstart) if section else quickstart
+    for value, expected in ((wrong, True), (legal, False)):
+        setattr(owner, name, value)
+        found = [problem for problem in check(quickstart, LAYOUT, CPU) if problem.key == key]
+        assert bool(found) == expected, found
+        assert all(problem.nearest for problem in found)
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return unchecked(quick())
+
+
+@pytest.fixture
+def quickstart(composed):
+    return copy.deepcopy(composed)
+
+
 @pytest.fixture
 def files(empty_directory):
     """The files that the cases name."""
@@ -235,8 +272,7 @@ def test_every_rule_has_a_case(files):
     seen = set()
     for wrong, _, _, env in CASES:
         config = unchecked(quick(*wrong))
-        layout = Layout(world=2, data=2)
-        seen |= {rule for rule in RULES if any(rule(config, layout, env.on(config.device)))}
+        seen |= {rule for rule in RULES if any(rule(config, LAYOUT, env.on(config.device)))}
     assert {rule.__name__ for rule in RULES} - {rule.__name__ for rule in seen | elsewhere} == set()
 
 
