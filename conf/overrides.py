@@ -186,9 +186,7 @@ class _Reader:
             self.result.choices[group] = choice
 
     def _set(self, key: str, value: Any, text: str) -> None:
-        if key in self.result.values:
-            self._twice(key, text)
-            return
+        # A key given twice takes its last value, as Hydra does: scripts append overrides to defaults of their own.
         if not free_form(key):
             try:
                 OmegaConf.update(self.schema, key, value, merge=True)
@@ -220,7 +218,7 @@ class _Reader:
         return f"{key}={digits}" if digits.isdigit() else ""
 
     def _twice(self, key: str, text: str) -> None:
-        before = self.result.values.get(key, self.result.choices.get(key, ""))
+        before = self.result.choices.get(key, "")
         plus = "+" if key == "recipe" else ""
         self.problem(f"{plus}{key}", text, f"given twice, first as {before}; give it once", f"{plus}{key}={text}")
 

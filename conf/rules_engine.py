@@ -70,13 +70,13 @@ def _known(node: Node, dotted: str, value: Any) -> Iterator[Problem]:
         ours = _said_elsewhere(dotted, value)
         yield from wrong or ([ours] if ours else [])
     elif not any(_is(kind, value) for kind in node["types"]):
-        yield Problem(key, text, f"must be {' or '.join(IN_WORDS[kind] for kind in node['types'])}")
+        yield Problem(key, text, f"must be {' or '.join(IN_WORDS[kind] for kind in node['types'])}", "leave it out")
     elif "choices" in node and value not in node["choices"]:
         near = did_you_mean(str(value), [choice for choice in node["choices"] if isinstance(choice, str)])
         rule = f"one of {', '.join(shown(choice) for choice in node['choices'])}"
-        yield Problem(key, text, rule, f"{key}={near}" if near else "")
+        yield Problem(key, text, rule, f"{key}={near or shown(node['choices'][0])}")
     elif limit := _beyond(node, value):
-        yield Problem(key, text, f"must be {limit}")
+        yield Problem(key, text, f"must be {limit}", "leave it out")
     elif ours := _said_elsewhere(dotted, value):
         yield ours
 
@@ -130,7 +130,7 @@ def _nearest(name: str, dotted: str, node: Node, value: Any) -> str:
         anywhere = {path.rpartition(".")[2]: path for path in _paths(engine_schema()["keys"], "")}
         meant = anywhere.get(did_you_mean(name, anywhere), "")
     if not meant:
-        return ""
+        return "leave it out"
     parts = meant.split(".")
     for end in range(1, len(parts) + 1):
         if ours := _said_elsewhere(".".join(parts[:end]), value if end == len(parts) else {}):

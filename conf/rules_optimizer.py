@@ -120,6 +120,29 @@ def muon(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         yield Problem("zero.quantized_gradients", "true", rule, "zero.quantized_gradients=false, or optimizer=adamw")
 
 
+def muon_clipping(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """From stage 1 on, 0.19.8 clips Muon's orthogonalised update, whose norm has nothing to do with the gradient's.
+
+    Stage 0 clips the gradient: the same configuration would train another model at another stage.
+    """
+    optimizer = cfg.optimizer
+    if optimizer.name.lower() == "muon" and cfg.zero.stage > 0 and optimizer.gradient_clipping > 0:
+        rule = f"at ZeRO stage {cfg.zero.stage} the engine would clip Muon's update instead of the gradient"
+        value = shown(optimizer.gradient_clipping)
+        yield Problem("optimizer.gradient_clipping", value, rule, "optimizer.gradient_clipping=0, or zero=stage0")
+
+
+def adagrad(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """From stage 1 on, 0.19.8 rebuilds torch's Adagrad without its parameter groups, out of the scheduler's reach.
+
+    stage_1_and_2.py and stage3.py, initialize_optimizer_states: the first step dies, or with one group the learning
+    rate would stay at its peak in silence. The offloaded Adagrad is the engine's own and is not rebuilt.
+    """
+    if cfg.optimizer.name.lower() == "adagrad" and cfg.zero.stage > 0 and cfg.zero.offload_optimizer == "none":
+        rule = f"DeepSpeed 0.19.8 loses Adagrad's parameter groups and schedule at ZeRO stage {cfg.zero.stage}"
+        yield Problem("optimizer.name", "adagrad", rule, "zero=stage0, zero=stage2_offload, or optimizer=adamw")
+
+
 def device_dtype(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """The device can compute in the precision asked for."""
     name = cfg.precision.name
@@ -184,6 +207,8 @@ RULES = (
     whole_parameters,
     lamb_scale,
     muon,
+    muon_clipping,
+    adagrad,
     device_dtype,
     loss_scaling,
     accumulation,

@@ -13,7 +13,7 @@ from conf.rules_values import changed, shown
 from conf.schema import Config
 
 RUN_FILES = {"config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "summary.json", "loss.png"}
-RUN_FOLDERS = {"checkpoints", "model", "logs", "tensorboard"}
+RUN_FOLDERS = {"model", "logs", "tensorboard"}
 """What a run writes into its directory."""
 
 
@@ -72,31 +72,20 @@ def without_effect(cfg: Config, layout: Layout, env: Environment) -> Iterator[Pr
     if cfg.eval.prompt is None and changed(cfg.eval, "new_tokens"):
         rule = "without a prompt nothing is completed"
         yield Problem("eval.new_tokens", str(cfg.eval.new_tokens), rule, "eval.prompt='Once upon a time'")
-    if cfg.checkpoint.every == 0 and changed(cfg.checkpoint, "keep"):
-        rule = "without checkpoint.every there are no checkpoints to keep"
-        yield Problem("checkpoint.keep", str(cfg.checkpoint.keep), rule, "checkpoint.every=500")
     if changed(cfg.track, "project") and not {"wandb", "mlflow"} & set(cfg.track.to):
         rule = "only wandb and mlflow have projects"
         yield Problem("track.project", cfg.track.project, rule, "track=wandb, or track=mlflow")
 
 
-def resume(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """A checkpoint to resume from exists, and resuming and overwriting exclude each other."""
-    if cfg.resume is None:
-        return
-    run_dir = Path(cfg.run_dir).expanduser()
-    if cfg.overwrite:
-        rule = "resuming continues what overwriting would delete"
-        yield Problem("overwrite", "true", rule, "overwrite=false, or resume=null")
-    if cfg.resume == "auto":
-        if not _checkpoints(run_dir):
-            yield Problem("resume", "auto", f"there is no checkpoint in {run_dir / 'checkpoints'}", "resume=null")
-    elif not Path(cfg.resume).expanduser().is_dir():
-        near = [f"resume={path}" for path in _checkpoints(run_dir)[-1:]]
-        yield Problem("resume", cfg.resume, "there is no such checkpoint folder", "".join(near) or "resume=null")
-    elif _is_run(run_dir) and run_dir.resolve() not in Path(cfg.resume).expanduser().resolve().parents:
-        rule = f"this checkpoint belongs to another run than the one in {run_dir}"
-        yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(run_dir)}")
+def checkpoints(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """This version saves the model at the end and nothing in between: asking for more is refused, not ignored."""
+    rule = "this version exports the finished model and saves no checkpoints to resume from"
+    if cfg.checkpoint.every:
+        yield Problem("checkpoint.every", str(cfg.checkpoint.every), rule, "checkpoint.every=0")
+    if changed(cfg.checkpoint, "keep"):
+        yield Problem("checkpoint.keep", str(cfg.checkpoint.keep), rule, "leave it out")
+    if cfg.resume is not None:
+        yield Problem("resume", cfg.resume, rule, "resume=null")
 
 
 def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -114,14 +103,13 @@ def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     if not _is_run(path) and _foreign(path):
         rule = f"a folder with other things in it ({', '.join(_foreign(path)[:3])}) is not a run directory"
         yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={path / 'run'}")
-    elif not cfg.overwrite and cfg.resume is None:
+    elif not cfg.overwrite:
         if (path / "summary.json").is_file():
             rule = "holds a finished run, which is never overwritten unasked"
             yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(path)}, or overwrite=true")
         elif (path / "metrics.jsonl").is_file():
             rule = "holds an unfinished run, which is never overwritten unasked"
-            go_on = "resume=auto" if _checkpoints(path) else f"run_dir={_free(path)}"
-            yield Problem("run_dir", cfg.run_dir, rule, f"{go_on}, or overwrite=true")
+            yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(path)}, or overwrite=true")
 
 
 def _is_run(path: Path) -> bool:
@@ -134,11 +122,6 @@ def _foreign(path: Path) -> list[str]:
     return [name for name in names if name not in RUN_FILES | RUN_FOLDERS | {"lost+found"}]
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
-    folder = run_dir / "checkpoints"
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-
-
 def _free(path: Path) -> Path:
     """`path` with the first number behind it that no file or folder has."""
     number = 2
@@ -147,4 +130,4 @@ def _free(path: Path) -> Path:
     return path.with_name(f"{path.name}-{number}")
 
 
-RULES = (length, schedule, device, compiling, without_effect, resume, run_dir)
+RULES = (length, schedule, device, compiling, without_effect, checkpoints, run_dir)

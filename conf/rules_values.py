@@ -20,6 +20,7 @@ from conf.schema import (
     PRECISIONS,
     SCHEDULES,
     SOURCES,
+    TASKS,
     TRACKERS,
     Config,
     SourceConfig,
@@ -83,6 +84,7 @@ RANGES: dict[str, Range] = {
 """Batch sizes and parallel degrees have theirs in conf/batch.py."""
 
 WORDS: dict[str, tuple[str, ...]] = {
+    "task": TASKS,
     "device": DEVICES,
     "data.kind": (*SOURCES, "mixture"),
     "data.packing": PACKINGS,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_autocast")
+TASKS = ("causal_lm",)
 ACCUMULATION_DTYPES = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PACKINGS = ("documents", "blocks", "none")
@@ -207,6 +208,8 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Checkpoints during training. Not in this version: other values than these are refused."""
+
     every: int = 0
     """Save each n optimizer steps; 0: never during training."""
     keep: int = 2

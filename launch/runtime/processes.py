@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def set_environment(ranks: Ranks, device: str) -> None:
     Must run before deepspeed is imported: it settles on an accelerator then.
     """
     os.environ["DS_ACCELERATOR"] = device
+    # The engine builds its offload kernels with the ninja of this environment, activated or not.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if ranks.world == 1:
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(key, value)

@@ -11,7 +11,7 @@ from typing import Any
 from conf.errors import Problem, RequestError
 
 OWN = ("config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "summary.json", "loss.png")
-OWN_FOLDERS = ("checkpoints", "model", "logs", "tensorboard")
+OWN_FOLDERS = ("model", "logs", "tensorboard")
 """All that a run writes; `overwrite=true` deletes these and nothing else."""
 
 PROBE_BYTES = 1 << 20
