@@ -39,12 +39,12 @@ class StepResult:
     """One optimizer step over the global batch.
 
     loss: mean over all supervised targets of the global batch. grad_norm: L2 norm of the whole gradient before
-    clipping. lr: learning rate of this step. tokens: real (unpadded) tokens of the global batch. applied: False where
-    dynamic fp16 loss scaling skipped the update.
+    clipping, or None where the engine does not measure it. lr: learning rate of this step. tokens: real (unpadded)
+    tokens of the global batch. applied: False where dynamic fp16 loss scaling skipped the update.
     """
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     tokens: int
     supervised: int
@@ -102,8 +102,9 @@ class Engine:
     ):
         self.recipe, self.layout, self.device = recipe, layout, device
         self.accumulation = cfg.batch.accumulation
-        self._clips = cfg.optimizer.gradient_clipping > 0
         self._stage = cfg.zero.stage
+        # deepspeed 0.19.8: from stage 1 on the norm it reports for Muon is that of the orthogonalised update.
+        self._norm_is_of_update = cfg.optimizer.name.lower() == "muon" and cfg.zero.stage > 0
         self._dynamic_scale = cfg.precision.name == "fp16" and cfg.precision.loss_scale == 0
         model = build_model(recipe, cfg, ds_config, device)
         schedule = cfg.scheduler
@@ -170,7 +171,8 @@ class Engine:
         applied = not getattr(self.ds.optimizer, "overflow", False)
         if not applied and not self._dynamic_scale:
             raise NonFiniteError(f"gradient norm is {norm}")
-        return StepResult(total / supervised, norm, lr, int(tokens), int(supervised), applied)
+        grad_norm = None if self._norm_is_of_update else norm
+        return StepResult(total / supervised, grad_norm, lr, int(tokens), int(supervised), applied)
 
     @property
     def _is_plain(self) -> bool:
