@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
 from conf.schema import (
     BatchConfig,
@@ -17,6 +17,7 @@ from conf.schema import (
     TrainConfig,
 )
 from recipes.causal_lm import CausalLM
+from recipes.models.build import from_scratch
 
 VOCABULARY, LENGTH = 61, 12
 LLAMA = {
@@ -75,5 +76,9 @@ def tiny_config(micro: int, accumulation: int, world: int, **model: object) -> C
     )
 
 
-def batch_of(recipe: CausalLM, indices: Mapping | range, size: int) -> dict[str, np.ndarray]:
-    return recipe.collate([recipe.train.row(i) for i in indices], size)
+def plain_model(recipe: CausalLM) -> PreTrainedModel:
+    """The recipe's model without any engine: fp32, on this process alone."""
+    cpu = torch.device("cpu")
+    return from_scratch(
+        recipe.hf_class(), recipe.model_config(), seed=0, dtype=torch.float32, device=cpu, attention=None
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from conf.errors import Problem, RequestError
 from conf.schema import Config
 from launch.runtime.processes import Ranks, ranks_from_environment
 from recipes import recipe_class
+
+
+SPEAK_AFTER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     try:
         code = main(sys.argv[1:])
     except RequestError as error:
-        if ranks.first:
-            print(error.render(), file=sys.stderr)
+        if not ranks.first:
+            # Rank 0 says the same and the launcher ends this one meanwhile. If not, only this rank was refused: say it.
+            time.sleep(SPEAK_AFTER_S)
+        print(error.render() if ranks.first else f"rank {ranks.rank}: {error.render()}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         if ranks.first:

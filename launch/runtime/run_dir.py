@@ -34,24 +34,11 @@ class RunDir:
         """
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            probe = self.logs / ".probe"
-            with probe.open("wb") as file:
-                file.write(b"\0" * PROBE_BYTES)
-                file.flush()
-                os.fsync(file.fileno())
-            probe.unlink()
+            _write_probe(self.logs / f".probe.{os.getpid()}")  # one per rank: all of them try, at the same time
             free = shutil.disk_usage(self.path).free
         except OSError as error:
-            # A failed probe must not stay behind on a full disk.
-            (self.logs / ".probe").unlink(missing_ok=True) if self.logs.is_dir() else None
-            raise RequestError(
-                Problem(
-                    "run_dir",
-                    str(self.path),
-                    f"cannot be written: {error.strerror}",
-                    "run_dir=FOLDER on a writable disk",
-                )
-            ) from None
+            rule = f"cannot be written: {error.strerror}"
+            raise RequestError(Problem("run_dir", str(self.path), rule, "run_dir=FOLDER on a writable disk")) from None
         if free < needed_bytes:
             raise RequestError(
                 Problem(
@@ -76,3 +63,14 @@ class RunDir:
         scratch = self.path / f".{name}.tmp"
         scratch.write_text(text)
         scratch.replace(self.path / name)
+
+
+def _write_probe(path: Path) -> None:
+    """Write and remove a small file; raises OSError where that fails, and leaves nothing behind."""
+    try:
+        with path.open("wb") as file:
+            file.write(b"\0" * PROBE_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)

@@ -16,7 +16,11 @@ CONVERT = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, file, out = sys.argv[1:]
-AutoModelForCausalLM.from_pretrained(folder, gguf_file=file).save_pretrained(out)
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+# The weights are plain tensors by now, but transformers 5.23 still marks the model as quantised and refuses to save it.
+model.hf_quantizer, model.is_quantized = None, False
+del model.config.quantization_config
+model.save_pretrained(out)
 AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
 """
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import LENGTH, VOCABULARY, TinyCausalLM, tiny_config
+from tiny import LENGTH, VOCABULARY, TinyCausalLM, plain_model, tiny_config
 
 from conf.batch import Layout
-from recipes.models.build import from_scratch
 
 
 def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
@@ -42,17 +41,6 @@ def step_losses(rank: int, world: int, options: list[dict]) -> list[list[float]]
         )
         engine.ds.destroy()
     return results
-
-
-def plain_model(recipe) -> torch.nn.Module:
-    return from_scratch(
-        recipe.hf_class(),
-        recipe.model_config(),
-        seed=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        attention=None,
-    )
 
 
 def evaluation(rank: int, world: int, stage: int) -> dict:

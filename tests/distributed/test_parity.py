@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import TinyCausalLM, tiny_config
+from tiny import TinyCausalLM, plain_model, tiny_config
 
 from conf.batch import Layout
-from recipes.models.build import from_scratch
 
 WORLDS, STAGES, ACCUMULATIONS, CHECKPOINTING = (1, 2, 4), (0, 1, 2, 3), (1, 2, 4), (0, 1)
 GLOBAL, STEPS = 16, 5
@@ -60,14 +59,7 @@ def reference() -> list[tuple]:
     cfg = tiny_config(GLOBAL, 1, 1)
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
-    model = from_scratch(
-        recipe.hf_class(),
-        recipe.model_config(),
-        seed=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        attention=None,
-    )
+    model = plain_model(recipe)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

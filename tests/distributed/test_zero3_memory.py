@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import TinyCausalLM, tiny_config
+from tiny import TinyCausalLM, plain_model, tiny_config
 
 from conf.batch import Layout
-from recipes.models.build import from_scratch
 
 WIDE = {
     "hidden_size": 512,
@@ -76,14 +75,7 @@ def build_peak(rank: int, world: int, folder: Path | None) -> tuple[float, dict]
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_no_rank_holds_the_whole_model(pretrained: bool, tmp_path: Path) -> None:
     recipe = _recipe(None)
-    whole = from_scratch(
-        recipe.hf_class(),
-        recipe.model_config(),
-        seed=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        attention=None,
-    )
+    whole = plain_model(recipe)
     if pretrained:
         whole.save_pretrained(tmp_path / "m")
     values = dict(whole.named_parameters())

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import PLAN, SMALL, TRAIN, environment, run
+from commands import PLAN, SMALL, TRAIN, environment, launcher, run
 
 TINY = ("model=llama_tiny", "data.seq_length=64", "batch.global_size=8", "batch.micro_size=2")
 
@@ -93,10 +93,14 @@ def test_a_world_that_does_not_divide(tmp_path: Path, no_torch) -> None:
     refused(done, tmp_path, ["batch.global_size", "3"])
 
 
-def test_other_ranks_are_silent(tmp_path: Path, no_torch) -> None:
-    environment_of_rank = {**no_torch, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    done = run([sys.executable, TRAIN, "--local_rank=1", "+recipe=quickstart", "zero=2"], tmp_path, environment_of_rank)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+def test_the_other_ranks_leave_the_word_to_the_first(tmp_path: Path, no_torch) -> None:
+    """One message for two ranks; a rank that alone is refused says so after a while."""
+    wrong = ["+recipe=quickstart", "zero=2"]
+    done = run([*launcher("torchrun", 2), TRAIN, *wrong], tmp_path, environment(tmp_path / "cache"))
+    assert done.returncode != 0 and done.stderr.count("zero=stage2") == 1
+    alone = {**no_torch, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    done = run([sys.executable, TRAIN, "--local_rank=1", *wrong], tmp_path, alone)
+    assert done.returncode == 2 and done.stderr.startswith("rank 1: error:")
 
 
 DATA = {

@@ -1,0 +1,101 @@
+"""The small parts of the machinery: schedule, ranks, run directory, the arguments of a command."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from conf.errors import RequestError
+from conf.schema import SchedulerConfig
+from launch.runtime.processes import Ranks, ranks_from_environment, threads_per_rank
+from launch.runtime.request import split_arguments
+from launch.runtime.run_dir import RunDir
+from launch.runtime.schedule import lr_factor
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_the_schedule_warms_up_peaks_and_ends(name: str) -> None:
+    scheduler = SchedulerConfig(name=name, warmup_steps=10, min_ratio=0.0 if name == "constant" else 0.1)
+    factors = [lr_factor(scheduler, step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1), "the first step must not be at rate 0"
+    assert factors[9] == 1.0 and max(factors) == 1.0
+    assert all(a <= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors))
+    assert factors[-1] == 1.0 if name == "constant" else 0.1 <= factors[-1] < 0.2
+
+
+def test_wsd_is_stable_until_its_decay() -> None:
+    scheduler = SchedulerConfig(name="wsd", warmup_steps=10, decay_steps=30)
+    assert {lr_factor(scheduler, step, 100) for step in range(10, 71)} == {1.0}
+    assert lr_factor(scheduler, 85, 100) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, Ranks(0, 0, 1, 1)),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, Ranks(3, 1, 4, 2)),  # torchrun
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, Ranks(3, 1, 4, 2)),  # deepspeed
+    ],
+)
+def test_ranks_of_every_launcher(variables: dict, expected: Ranks, monkeypatch) -> None:
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    assert ranks_from_environment() == expected
+
+
+def test_ranks_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert threads_per_rank(None, 1) == cores
+    assert threads_per_rank(None, cores * 4) == 1
+    assert threads_per_rank(3, 8) == 3
+
+
+def test_the_launchers_argument_and_the_commands_own_keys_are_taken_out() -> None:
+    argv = ["--local_rank=1", "+recipe=quickstart", "world_size=8", "seed=1"]
+    assert split_arguments(argv, {"world_size": "1", "format": "table"}) == (
+        ["+recipe=quickstart", "seed=1"],
+        {"world_size": "8", "format": "table"},
+    )
+
+
+class TestRunDir:
+    def test_overwriting_removes_a_runs_own_files_only(self, tmp_path: Path) -> None:
+        for name in ("metrics.jsonl", "summary.json", "notes.txt", "model/config.json", "checkpoints_of_mine/a"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("x")
+        RunDir(tmp_path).create(overwrite=True)
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {"notes.txt", "checkpoints_of_mine/a"}
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+    def test_a_disk_that_cannot_be_written_is_told_before_anything_is_deleted(
+        self, code, tmp_path, monkeypatch
+    ) -> None:
+        (tmp_path / "summary.json").write_text("{}")
+
+        def fail(fd: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("launch.runtime.run_dir.os.fsync", fail)
+        with pytest.raises(RequestError, match=os.strerror(code)):
+            RunDir(tmp_path).create(overwrite=True)
+        assert (tmp_path / "summary.json").exists() and not list(tmp_path.rglob(".probe*"))
+
+    def test_a_disk_that_is_too_small(self, tmp_path: Path) -> None:
+        with pytest.raises(RequestError, match="GB free"):
+            RunDir(tmp_path).create(overwrite=False, needed_bytes=2**62)
+
+    def test_small_files_are_whole_or_absent(self, tmp_path: Path) -> None:
+        run_dir = RunDir(tmp_path)
+        run_dir.write_json("summary.json", {"a": 1})
+        with pytest.raises(TypeError):
+            run_dir.write_json("summary.json", {"a": object()})
+        assert (tmp_path / "summary.json").read_text() == '{\n  "a": 1\n}\n'
+        assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
