@@ -15,7 +15,6 @@ from conf.schema import Config
 from launch.runtime.processes import Ranks, ranks_from_environment
 from recipes import recipe_class
 
-
 SPEAK_AFTER_S = 5.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 from pathlib import Path
 
@@ -23,8 +22,8 @@ def test_the_schedule_warms_up_peaks_and_ends(name: str) -> None:
     factors = [lr_factor(scheduler, step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1), "the first step must not be at rate 0"
     assert factors[9] == 1.0 and max(factors) == 1.0
-    assert all(a <= b for a, b in itertools.pairwise(factors))
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors))
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[-1] == 1.0 if name == "constant" else 0.1 <= factors[-1] < 0.2
 
 
