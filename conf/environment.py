@@ -36,6 +36,8 @@ class Environment:
     python_headers: bool = True
     libaio: bool = False
     """libaio with its header, for NVMe offload."""
+    trackers: frozenset[str] = frozenset({"tensorboard", "wandb", "mlflow"})
+    """Packages of trackers that are installed."""
     prebuilt: frozenset[str] = frozenset()
     """Kernels that the installed engine carries compiled (cpu_adam, async_io, …)."""
 
@@ -46,6 +48,10 @@ class Environment:
                 self, device="cpu", device_count=1, fp16_supported=self.cpu_fp16_supported, bf16_supported=True
             )
         return self
+
+    def elsewhere(self, ranks: int) -> Environment:
+        """A machine with a GPU for each of `ranks`: what a plan for another machine than this one assumes."""
+        return replace(self, device="cuda", device_count=ranks, fp16_supported=True, bf16_supported=True, libaio=True)
 
     def missing_toolchain(self) -> list[str]:
         """What is lacking to compile the engine's CPU kernels, in words; empty when nothing is."""
@@ -75,6 +81,7 @@ def detect() -> Environment:
         ninja=shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None,
         python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
         libaio=header and ctypes.util.find_library("aio") is not None,
+        trackers=frozenset(name for name in Environment.trackers if importlib.util.find_spec(name) is not None),
         prebuilt=_prebuilt_kernels(),
     )
 

@@ -77,6 +77,14 @@ def without_effect(cfg: Config, layout: Layout, env: Environment) -> Iterator[Pr
         yield Problem("track.project", cfg.track.project, rule, "track=wandb, or track=mlflow")
 
 
+def installed_trackers(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """W&B and MLflow are not in requirements.txt: who tracks with them has them."""
+    for name in cfg.track.to:
+        if name in ("tensorboard", "wandb", "mlflow") and name not in env.trackers:
+            rule = f"the Python package {name} is not installed"
+            yield Problem("track.to", shown(cfg.track.to), rule, f"pip install {name}, or track=csv")
+
+
 def checkpoints(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """This version saves the model at the end and nothing in between: asking for more is refused, not ignored."""
     rule = "this version exports the finished model and saves no checkpoints to resume from"
@@ -130,4 +138,4 @@ def _free(path: Path) -> Path:
     return path.with_name(f"{path.name}-{number}")
 
 
-RULES = (length, schedule, device, compiling, without_effect, checkpoints, run_dir)
+RULES = (length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, run_dir)

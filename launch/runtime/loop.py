@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,14 +15,6 @@ from launch.runtime.engine import Engine, NonFiniteError
 from recipes.base import Recipe
 
 Row = dict[str, Any]
-
-
-def steps_of(cfg: Config, samples: int) -> int:
-    """Optimizer steps of the run: `train.steps`, or enough global batches for `train.epochs` passes over `samples`."""
-    if cfg.train.steps is not None:
-        return cfg.train.steps
-    assert cfg.train.epochs is not None  # a rule: one of the two is set
-    return max(1, math.ceil(cfg.train.epochs * samples / sizes(cfg.batch)[0]))
 
 
 def sample_indices(step: int, rank: int, cfg: Config, layout: Layout) -> list[range]:

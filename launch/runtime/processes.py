@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.errors import Problem, RequestError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -69,6 +71,9 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     import deepspeed
     import torch
 
+    if device == "cuda" and ranks.local_rank >= torch.cuda.device_count():
+        rule = f"this machine has {torch.cuda.device_count()} GPUs for {ranks.local_world} ranks"
+        raise RequestError(Problem("ranks", str(ranks.local_world), rule, f"--num_gpus {torch.cuda.device_count()}"))
     torch.set_num_threads(threads_per_rank(threads, ranks.local_world))
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)

@@ -76,6 +76,8 @@ def read_request(argv: list[str], command: str, own: dict[str, str] | None = Non
             raise RequestError(Problem("world_size", text, "must be a positive number of ranks", "world_size=8"))
         world = int(text)
     environment = detect()
+    if "world_size" in values and "device=cuda" in overrides and environment.device != "cuda":
+        environment = environment.elsewhere(world)  # planning, from a laptop, for machines that have GPUs
     cfg = compose(overrides, world, environment)
     if problems := recipe_class(cfg.task)(cfg).check():
         raise RequestError(problems)

@@ -26,8 +26,8 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
 
-    def create(self, overwrite: bool, needed_bytes: int = 0) -> None:
-        """Make the folder and show that it can be written and holds enough; replace an old run where asked.
+    def create(self, overwrite: bool) -> None:
+        """Make the folder and show that it can be written; replace an old run where asked.
 
         Raises RequestError (run_dir) when it is read-only, full, or cannot be made. Nothing is deleted before the
         folder is known to be writable.
@@ -35,19 +35,9 @@ class RunDir:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             _write_probe(self.logs / f".probe.{os.getpid()}")  # one per rank: all of them try, at the same time
-            free = shutil.disk_usage(self.path).free
         except OSError as error:
             rule = f"cannot be written: {error.strerror}"
             raise RequestError(Problem("run_dir", str(self.path), rule, "run_dir=FOLDER on a writable disk")) from None
-        if free < needed_bytes:
-            raise RequestError(
-                Problem(
-                    "run_dir",
-                    str(self.path),
-                    f"the disk has {free / 1e9:.1f} GB free, the run writes about {needed_bytes / 1e9:.1f} GB",
-                    "run_dir=FOLDER on another disk",
-                )
-            )
         if overwrite:
             for name in OWN:
                 (self.path / name).unlink(missing_ok=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conf.batch import batch_line
+from conf.batch import batch_line, sizes
 from conf.compose import to_yaml
+from conf.errors import Problem, RequestError
+from conf.schema import Config
 from launch.runtime import processes
 from launch.runtime.console import Bar, Terminal
 from launch.runtime.ds_config import ds_config
@@ -38,11 +41,29 @@ def prepare(request: Request, terminal: Terminal) -> Recipe:
     return recipe
 
 
+def optimizer_steps(cfg: Config, samples: int) -> int:
+    """Optimizer steps of the run: `train.steps`, or enough global batches for `train.epochs` passes over `samples`.
+
+    Raises RequestError when the warm-up is longer: with epochs that shows only once the rows are packed.
+    """
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    assert cfg.train.epochs is not None  # a rule: one of the two is set
+    steps = max(1, math.ceil(cfg.train.epochs * samples / sizes(cfg.batch)[0]))
+    warmup = cfg.scheduler.warmup_steps
+    if warmup > steps:
+        rule = f"the warm-up is longer than training, which is {steps} steps (train.epochs={cfg.train.epochs:g})"
+        nearest = f"scheduler.warmup_steps={steps // 10}, or more epochs"
+        raise RequestError(Problem("scheduler.warmup_steps", str(warmup), rule, nearest))
+    return steps
+
+
 def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     """Train as requested and return the summary (the content of summary.json). All ranks call it together."""
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     processes.set_environment(ranks, request.device)
     recipe = prepare(request, terminal)
+    steps = optimizer_steps(cfg, len(recipe.train))
     run_dir = RunDir(cfg.run_dir)
     engine_config = ds_config(cfg, layout, request.device)
     run_dir.create(cfg.overwrite and ranks.first)
@@ -50,13 +71,19 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
     device = processes.join(ranks, request.device, cfg.train.threads)
     try:
-        return _train(request, recipe, run_dir, engine_config, device, terminal)
+        return _train(request, recipe, steps, run_dir, engine_config, device, terminal)
     finally:
         processes.leave()
 
 
 def _train(
-    request: Request, recipe: Recipe, run_dir: RunDir, engine_config: dict[str, Any], device: Any, terminal: Terminal
+    request: Request,
+    recipe: Recipe,
+    steps: int,
+    run_dir: RunDir,
+    engine_config: dict[str, Any],
+    device: Any,
+    terminal: Terminal,
 ) -> dict[str, Any]:
     from launch.runtime import loop
     from launch.runtime.engine import Engine
@@ -67,7 +94,6 @@ def _train(
     if first:
         run_dir.write_text("config.yaml", to_yaml(cfg))
         run_dir.write_json("ds_config.json", engine_config)
-    steps = loop.steps_of(cfg, len(recipe.train))
     engine = Engine(recipe, cfg, layout, engine_config, device, steps)
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
     metrics = MetricsLog(run_dir.metrics, trackers) if first else None

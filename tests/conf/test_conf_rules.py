@@ -8,7 +8,7 @@ import os
 from operator import attrgetter
 
 import pytest
-from conf_cases import BARE, CPU, CPU_AIO, CPU_FP16, GPU, problems_of, quick, unchecked, write
+from conf_cases import BARE, CPU, CPU_AIO, CPU_FP16, GPU, NO_WANDB, problems_of, quick, unchecked, write
 
 from conf.batch import Layout
 from conf.rules import RULES, check
@@ -54,6 +54,7 @@ CASES = [
     (["optimizer=muon", "optimizer.gradient_clipping=1.0"], "optimizer.gradient_clipping",
      ["optimizer=muon", "optimizer.gradient_clipping=1.0", "zero=stage0"], CPU),
     (["optimizer=adagrad"], "optimizer.name", ["optimizer=adagrad", "zero=stage0"], CPU),
+    (["track=wandb"], "track.to", ["track=csv"], NO_WANDB),
     (["track.project=x"], "track.project", ["track.project=x", "track=wandb"], CPU),
     # rules_optimizer
     (["optimizer.name=OneBitAdam"], "optimizer.name", ["optimizer.name=AdamW"], CPU),
