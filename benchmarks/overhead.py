@@ -1,10 +1,10 @@
 """Steady tokens/s of our loop against a hand-written PyTorch DDP loop and transformers.Trainer, and of each acceleration.
 
-    python benchmarks/overhead.py [ranks=2] [steps=4] [rounds=12] [parts=contest,accelerations] [out=FILE.md]
+    python benchmarks/overhead.py [ranks=2] [steps=3] [rounds=6] [starts=3] [parts=contest,accelerations] [out=FILE.md]
                                   [model=quickstart|llama_1b|…] [key=value …]
 
-All contenders of a part live in the same processes and take turns: a few steps each, round after round, so that noise
-hits all alike. benchmarks/README.md tells the method and what came out.
+Every contender has processes of its own, all are built and warm at the same time, and they take turns: a few steps each,
+round after round, so that noise hits all alike. benchmarks/README.md tells the method and what came out.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import datetime
 import multiprocessing
 import os
 import platform
+import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -34,6 +35,7 @@ sys.path[0] = str(ROOT)
 
 from conf.batch import Layout, batch_line
 from conf.compose import compose
+from conf.environment import detect
 from conf.errors import RequestError
 from conf.schema import Config
 from launch.runtime import processes
@@ -41,12 +43,15 @@ from launch.runtime.request import split_arguments
 from recipes import recipe_class
 from recipes.base import Recipe
 
-OWN = {"ranks": "2", "steps": "4", "rounds": "12", "parts": "contest,accelerations", "out": "", "model": "quickstart"}
+OWN = {
+    "ranks": "2", "steps": "3", "rounds": "6", "starts": "3", "parts": "contest,accelerations", "out": "",
+    "model": "quickstart",
+}  # fmt: skip
 BASE = ("+recipe=quickstart", "scheduler=constant", "scheduler.warmup_steps=0", "optimizer.lr=3e-4")
 """A constant rate, small enough without warm-up: all three loops can be told so."""
 OFF = ("train.fused_loss=false", "optimizer.fused=false", "train.compile=false")
 WARM, SETTLE = 2, 1
-"""Untimed steps after building, and at the start of each turn."""
+"""Untimed steps after the first one, and at the start of each turn."""
 SAME_LOSS = {"fp32": 2e-3}
 """How far (nats) held-out losses may lie apart after the same steps: rounding in fp32, …"""
 ABOUT_THE_SAME_LOSS = 5e-2
@@ -251,60 +256,24 @@ class HalfSupervised:
         return row
 
 
-class Turns(threading.Thread):
-    """A training loop in a thread of its own that goes on only when it is its turn: whole loops, paused between steps."""
+class Pause:
+    """Lets a loop go on only when it is its turn; the loop calls it when it is built and after every step."""
 
-    def __init__(self, loop: Callable[[Job, Callable[[], None]], Callable[..., Any]], job: Job):
-        super().__init__(daemon=True)
-        self._loop, self.job = loop, job
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._left, self._error = 0, ""
-        self.model: Callable[..., Any] | None = None
-        self.bytes_between_steps = self.peak_bytes = 0
-        self.start()
+    def __init__(self, pipe: Connection, device: Any):
+        self._pipe, self._device = pipe, device
+        self._left, self._started = 1, time.perf_counter()
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         import torch
 
-        self._go.acquire()
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # OpenMP counts threads per thread
-        if self.job.device.type == "cuda":
-            torch.cuda.set_device(self.job.device)
-        try:
-            self.model = self._loop(self.job, self._pause)
-        except BaseException:
-            self._error = traceback.format_exc()
-        self._done.release()
-
-    def _pause(self) -> None:
         self._left -= 1
-        if self._left == 0:
-            self._done.release()
-            self._go.acquire()
-
-    def advance(self, steps: int) -> float:
-        """Seconds that this rank takes for the next `steps` steps (the first one builds; 0: to the end)."""
-        import torch
-
-        cuda = self.job.device.type == "cuda"
-        torch.distributed.barrier()
-        if cuda:
+        if self._left:
+            return
+        if self._device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        started = time.perf_counter()
-        self._left = steps
-        self._go.release()
-        self._done.acquire()
-        if self._error:
-            raise RuntimeError(self._error)
-        if cuda:
-            torch.cuda.synchronize()
-            # The others hold memory too: only what this one adds counts.
-            peak = self.bytes_between_steps + torch.cuda.max_memory_allocated() - before
-            self.bytes_between_steps += torch.cuda.memory_allocated() - before
-            self.peak_bytes = max(self.peak_bytes, peak)
-        return time.perf_counter() - started
+        self._pipe.send(time.perf_counter() - self._started)
+        self._left = self._pipe.recv()
+        self._started = time.perf_counter()
 
 
 def held_out_loss(model: Callable[..., Any], job: Job, rows: Any) -> float:
@@ -319,148 +288,169 @@ def held_out_loss(model: Callable[..., Any], job: Job, rows: Any) -> float:
     return float(F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten()))
 
 
-def take_turns(
-    ranks: processes.Ranks, options: dict[str, str], overrides: list[str], part: str, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Everything one rank does in a part: build all contenders, then let them run in turns. Seconds by contender."""
-    import torch
+def contend(
+    ranks: processes.Ranks, port: int, pipe: Connection, contender: Contender, overrides: list[str], steps: int
+) -> None:
+    """One rank of a contender, a process of its own. What libraries print goes to a log."""
+    os.environ.update(
+        RANK=str(ranks.rank), LOCAL_RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world),
+        LOCAL_WORLD_SIZE=str(ranks.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    log = os.open(f"rank_{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        import torch
 
-    steps, rounds = int(options["steps"]), int(options["rounds"])
-    device = processes.join(ranks, os.environ["DS_ACCELERATOR"], int(os.environ["OMP_NUM_THREADS"]))
-    turns: dict[str, Turns] = {}
-    first_step = {}
-    for contender in PARTS[part]:
+        device = processes.join(ranks, os.environ["DS_ACCELERATOR"], int(os.environ["OMP_NUM_THREADS"]))
         cfg = compose([*BASE, *overrides, *contender.overrides], ranks.world)
         recipe = recipe_class(cfg.task)(cfg)
         recipe.prepare()
         held_out = recipe.held_out
         if contender.half:
             recipe.train = HalfSupervised(recipe.train)
-        job = Job(
-            cfg, recipe, Layout.of(ranks.world, cfg.parallel), device, ranks.rank, 1 + WARM + rounds * (SETTLE + steps)
-        )
-        turns[contender.name] = one = Turns(LOOPS[contender.loop], job)
-        one.advance(1)
-        first_step[contender.name] = one.advance(1)
-        one.advance(WARM)
-        progress(f"{part}: {contender.name}: first step after {first_step[contender.name]:.1f} s")
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            turns[name].advance(SETTLE)
-            seconds[name].append(turns[name].advance(steps))
-        progress(f"{part}: round {number + 1} of {rounds}")
-    peaks = {name: one.peak_bytes for name, one in turns.items()}
-    losses = {}
-    for name, one in turns.items():
-        one.advance(0)
-        losses[name] = held_out_loss(one.model, one.job, held_out)
-    batch = [recipe.collate([recipe.train.row(i)], 1) for i in range(job.steps * cfg.batch.global_size)]
-    tokens = [recipe.count(b)[1] for b in batch]
-    first = [(1 + WARM + r * (SETTLE + steps) + SETTLE) * cfg.batch.global_size for r in range(rounds)]
-    return {
-        "seconds": seconds, "first_step": first_step, "losses": losses, "peaks": peaks,
-        "tokens": [sum(tokens[f : f + steps * cfg.batch.global_size]) for f in first],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }  # fmt: skip
-
-
-def _rank(ranks: processes.Ranks, port: int, pipe: Connection, *arguments: Any) -> None:
-    """A process of its own; what it prints, and the libraries in it, goes to a log, but for our own progress."""
-    os.environ.update(
-        RANK=str(ranks.rank), LOCAL_RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world),
-        LOCAL_WORLD_SIZE=str(ranks.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    log = Path(f"rank_{ranks.rank}.log").open("w")
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-
-    def progress(line: str) -> None:
-        if ranks.first:
-            print(line, file=terminal)
-
-    try:
-        pipe.send(take_turns(ranks, *arguments, progress))
+        job = Job(cfg, recipe, Layout.of(ranks.world, cfg.parallel), device, ranks.rank, steps)
+        model = LOOPS[contender.loop](job, Pause(pipe, device))
+        cuda = device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        name = torch.cuda.get_device_name(device) if cuda else None
+        pipe.send({"peak": peak, "device": name, "loss": held_out_loss(model, job, held_out)})
     except BaseException:
         pipe.send(traceback.format_exc())
-    # Not through the interpreter's exit: threads and process groups of three frameworks would be waited for.
+    # Not through the interpreter's exit: the frameworks wait for each other's threads and process groups there.
     os._exit(0)
 
 
-def run_part(part: str, options: dict[str, str], overrides: list[str]) -> list[dict[str, Any]]:
-    """The results of all ranks. The first failure ends them all."""
-    context, world, port = multiprocessing.get_context("spawn"), int(options["ranks"]), processes.free_port()
-    children, pipes = [], {}
-    for rank in range(world):
-        receive, send = context.Pipe(duplex=False)
-        ranks = processes.Ranks(rank, rank, world, world)
-        child = context.Process(target=_rank, args=(ranks, port, send, options, overrides, part))
-        child.start()
-        send.close()
-        children.append(child)
-        pipes[receive] = rank
-    results: dict[int, dict[str, Any]] = {}
-    try:
-        while pipes:
-            for pipe in wait(list(pipes)):
-                rank = pipes.pop(pipe)  # type: ignore[call-overload]
-                try:
-                    result = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    result = "the process died"
-                if isinstance(result, str):
-                    raise SystemExit(f"error: {part}, rank {rank}:\n{result}")
-                results[rank] = result
-    finally:
-        for child in children:
-            child.join(timeout=5 if len(results) == world else 0)
+class Team:
+    """All ranks of one contender, seen from the process that gives the turns."""
+
+    def __init__(self, context: Any, contender: Contender, world: int, overrides: list[str], steps: int):
+        self._name, self._children, self._pipes = contender.name, [], []
+        port = processes.free_port()
+        for rank in range(world):
+            mine, theirs = context.Pipe()
+            ranks = processes.Ranks(rank, rank, world, world)
+            arguments = (ranks, port, theirs, contender, overrides, steps)
+            self._children.append(context.Process(target=contend, args=arguments, daemon=False))
+            self._children[-1].start()
+            theirs.close()
+            self._pipes.append(mine)
+        self._answers()
+
+    def _answers(self) -> list[Any]:
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append("the process died")
+            if isinstance(answers[-1], str):
+                raise SystemExit(f"error: {self._name}, rank {rank}:\n{answers[-1]}")
+        return answers
+
+    def advance(self, steps: int) -> Any:
+        """Seconds of the slowest rank for the next `steps` steps."""
+        for pipe in self._pipes:
+            pipe.send(steps)
+        return max(self._answers())
+
+    def finish(self) -> dict[str, Any]:
+        """What the first rank has to say at the end, with the highest peak memory of all."""
+        for pipe in self._pipes:
+            pipe.send(0)
+        answers = self._answers()
+        return {**answers[0], "peak": max(answer["peak"] for answer in answers)}
+
+    def kill(self) -> None:
+        for child in self._children:
             child.kill()
-    return [results[rank] for rank in range(world)]
+            child.join()
 
 
-def table(part: str, results: list[dict[str, Any]], cfg: Config) -> str:
-    """Markdown: medians and quartiles over the rounds; ratios are taken round by round, then their median."""
-    cuda = results[0]["device"] is not None
-    mfu = utilisation(results, cfg) if cuda else None
-    speed = {
-        name: [tokens / max(block) for tokens, *block in zip(results[0]["tokens"], *times, strict=True)]
-        for name in results[0]["seconds"]
-        for times in [[result["seconds"][name] for result in results]]
-    }
-    head = ["", "tokens/s", "quartiles", "ratio", "quartiles", "to", "first step, s", "held-out loss"]
-    rows = [head + (["MFU", "peak GiB"] if cuda else [])]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+@dataclass
+class Result:
+    """What a contender did: tokens/s of each turn, seconds of its first step (the longest of all starts), how it ended."""
+
+    speed: list[float]
+    first_step: float
+    end: dict[str, Any]
+
+
+def run_part(part: str, options: dict[str, str], overrides: list[str], tokens: list[int]) -> dict[str, Result]:
+    """Build all contenders of a part and give them turns; anew for each start, since placement in memory is luck too.
+
+    tokens: of each step.
+    """
+    cpu = os.environ["DS_ACCELERATOR"] == "cpu"
+    context = multiprocessing.get_context("forkserver" if cpu else "spawn")  # CUDA does not survive a fork
+    context.set_forkserver_preload(["torch", "deepspeed", "transformers", "launch.runtime.engine", "recipes.causal_lm"])
+    steps, rounds, starts = (int(options[key]) for key in ("steps", "rounds", "starts"))
+    results: dict[str, Result] = {}
+    for start in range(starts):
+        teams: dict[str, Team] = {}
+        try:
+            for contender in rotated(PARTS[part], start):
+                team = Team(context, contender, int(options["ranks"]), overrides, len(tokens))
+                teams[contender.name] = team
+                result = results.setdefault(contender.name, Result([], 0.0, {}))
+                result.first_step = max(result.first_step, team.advance(1))
+                team.advance(WARM)
+            for number in range(rounds):
+                first = 1 + WARM + number * (SETTLE + steps) + SETTLE
+                for name in rotated(teams, number):
+                    teams[name].advance(SETTLE)
+                    results[name].speed.append(sum(tokens[first : first + steps]) / teams[name].advance(steps))
+                print(f"{part}: start {start + 1}/{starts}, round {number + 1}/{rounds}", file=sys.stderr)
+            for name, team in teams.items():
+                results[name].end = team.finish()
+        finally:
+            for team in teams.values():
+                team.kill()
+    return results
+
+
+def rotated(items: Iterable[Any], by: int) -> list[Any]:
+    """Everybody is first once."""
+    items = list(items)
+    return items[by % len(items) :] + items[: by % len(items)]
+
+
+def table(part: str, results: dict[str, Result], cfg: Config, world: int) -> str:
+    """Markdown: medians and quartiles over the turns; ratios are taken round by round, then their median."""
+    head = ["", "tokens/s", "quartiles", "ratio", "quartiles", "to", "first step, s", "peak MiB", "held-out loss"]
+    per_token = utilisation(results[PARTS[part][0].name].end["device"], cfg, world)
+    head += ["MFU"] if per_token else []
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for contender in PARTS[part]:
-        name = contender.name
-        ratios = [mine / other for mine, other in zip(speed[name], speed[contender.against], strict=True)]
-        (low, _, high), (worst, _, best) = quantiles(speed[name], n=4), quantiles(ratios, n=4)
+        result, other = results[contender.name], results[contender.against]
+        ratios = [mine / theirs for mine, theirs in zip(result.speed, other.speed, strict=True)]
+        (low, _, high), (worst, _, best) = quantiles(result.speed, n=4), quantiles(ratios, n=4)
         rows.append(
-            [name, f"{median(speed[name]):,.0f}", f"{low:,.0f} – {high:,.0f}", f"{median(ratios):.3f}",
-             f"{worst:.3f} – {best:.3f}", contender.against, f"{results[0]['first_step'][name]:.1f}",
-             f"{results[0]['losses'][name]:.4f}"]
+            [contender.name, f"{median(result.speed):,.0f}", f"{low:,.0f} – {high:,.0f}", f"{median(ratios):.3f}",
+             f"{worst:.3f} – {best:.3f}", contender.against, f"{result.first_step:.1f}",
+             f"{result.end['peak'] / 2**20:,.0f}", f"{result.end['loss']:.4f}"]
         )  # fmt: skip
-        if cuda:
-            peak = max(result["peaks"][name] for result in results) / 2**30
-            rows[-1] += ["–" if mfu is None else f"{mfu * median(speed[name]):.1%}", f"{peak:.1f}"]
+        if per_token:
+            rows[-1].append(f"{per_token * median(result.speed):.1%}")
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def utilisation(results: list[dict[str, Any]], cfg: Config) -> float | None:
+def utilisation(device: str | None, cfg: Config, world: int) -> float | None:
     """MFU of one token per second; None for a device whose peak is not known."""
     from launch.planner.flops import flops_per_token, peak_flops
+
+    peak = peak_flops(device, cfg.precision.name) if device else None
+    if peak is None:
+        return None
     from recipes.models.shape import model_shape
 
-    peak = peak_flops(results[0]["device"], cfg.precision.name)
-    shape = model_shape(cfg.model, cfg.data, cfg.precision.name)
-    return peak and flops_per_token(shape, cfg.data.seq_length) / (peak * len(results))
+    return flops_per_token(model_shape(cfg.model, cfg.data, cfg.precision.name), cfg.data.seq_length) / (peak * world)
 
 
-def check_same_work(part: str, result: dict[str, Any], precision: str) -> None:
+def check_same_work(part: str, results: dict[str, Result], precision: str) -> None:
     """Speeds may be compared only if the same steps were taken: same rows, same start, so the same loss at the end."""
     for contender in PARTS[part]:
-        loss, other = (result["losses"][name] for name in (contender.name, contender.against))
+        loss, other = (results[name].end["loss"] for name in (contender.name, contender.against))
         if not abs(loss - other) <= SAME_LOSS.get(precision, ABOUT_THE_SAME_LOSS):
             raise SystemExit(f"error: {contender.name} ends at loss {loss:.4f}, {contender.against} at {other:.4f}")
 
@@ -471,60 +461,65 @@ def setting(cfg: Config, options: dict[str, str], argv: list[str], device: str |
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
 
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    processor = found.group(1) if found else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     layout = Layout.of(int(options["ranks"]), cfg.parallel)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    dirty = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    turns = f"{options['starts']} starts × {options['rounds']} rounds × {options['steps']} steps"
     return "\n".join(
         [
             f"`{' '.join(['python benchmarks/overhead.py', *argv])}`",
             "",
-            f"- {options['model']}, {cfg.precision.name}, ZeRO-{cfg.zero.stage}: {batch_line(cfg.batch, layout)}, each "
-            f"of {cfg.data.seq_length} tokens; {options['rounds']} rounds of {options['steps']} steps",
-            f"- {device or names[0] if device or names else platform.machine()}, {cores} cores, {layout.world} ranks × "
+            f"- {options['model']}, {cfg.precision.name}, ZeRO-{cfg.zero.stage}, {batch_line(cfg.batch, layout)}, "
+            f"{cfg.data.seq_length} tokens each; {turns}",
+            f"- {device + ', ' if device else ''}{processor}, {cores} cores; {layout.world} ranks × "
             f"{os.environ['OMP_NUM_THREADS']} threads",
-            f"- {packages}, Python {platform.python_version()}; {platform.system()}",
-            f"- commit {git('rev-parse', '--short', 'HEAD')}{dirty}, {datetime.date.today()}",
+            f"- {packages}, Python {platform.python_version()}, {platform.system()}",
+            f"- commit {git('rev-parse', '--short', 'HEAD')}{changed}, {datetime.date.today()}",
         ]
     )
 
 
 def main(argv: list[str]) -> int:
     overrides, options = split_arguments(argv, OWN)
+    world = int(options["ranks"])
     if options["model"] != "quickstart":
-        # A large vocabulary cannot be learned from the standard library; the embedding keeps its size all the same.
+        # The standard library is too small to learn a large vocabulary from; the embedding keeps its size all the same.
         overrides = [f"model={options['model']}", "data.vocab_size=4096", *overrides]
-    cfg = compose([*BASE, *overrides], int(options["ranks"]))
-    if unknown := set(options["parts"].split(",")) - set(PARTS):
+    cfg = compose([*BASE, *overrides], world)
+    parts = options["parts"].split(",")
+    if unknown := set(parts) - set(PARTS):
         raise SystemExit(f"error: parts={','.join(unknown)}: there are {', '.join(PARTS)}")
-    recipe_class(cfg.task)(cfg).prepare(
-        lambda done, total, what: print(f"\r{what} {done}/{total}", end="", file=sys.stderr)
-    )
-    from conf.environment import detect
+    recipe = recipe_class(cfg.task)(cfg)
+    recipe.prepare()
+    size = cfg.batch.global_size
+    steps = 1 + WARM + int(options["rounds"]) * (SETTLE + int(options["steps"]))
+    tokens = [sum(int(recipe.train.row(s * size + i)["attended"].sum()) for i in range(size)) for s in range(steps)]
 
-    ranks = processes.Ranks(0, 0, int(options["ranks"]), int(options["ranks"]))
-    processes.set_environment(ranks, detect().on(cfg.device).device)
-    # Before torch is loaded: its libraries count the threads then, also for threads that torch knows nothing of.
-    os.environ["OMP_NUM_THREADS"] = str(processes.threads_per_rank(cfg.train.threads, ranks.world))
+    # The children find this in their environment before torch is loaded: it settles on devices and threads then.
+    os.environ["DS_ACCELERATOR"] = detect().on(cfg.device).device
+    os.environ["OMP_NUM_THREADS"] = str(processes.threads_per_rank(cfg.train.threads, world))
+    os.environ["PYTHONWARNINGS"] = "ignore"
     here, scratch = Path.cwd(), tempfile.mkdtemp()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/inductor"  # the first step then shows a cold compile
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/inductor"  # so that the first step shows a cold compile
     os.chdir(scratch)
     try:
-        tables, device = [], None
-        for part in options["parts"].split(","):
-            results = run_part(part, options, overrides)
-            device = results[0]["device"]
-            check_same_work(part, results[0], cfg.precision.name)
-            tables.append(table(part, results, cfg))
+        results = {part: run_part(part, options, overrides, tokens) for part in parts}
     finally:
         os.chdir(here)
         shutil.rmtree(scratch)
-    text = "\n\n".join([setting(cfg, options, argv, device), *tables])
+    device = next(iter(results[parts[0]].values())).end["device"]
+    text = "\n\n".join(
+        [setting(cfg, options, argv, device), *(table(part, results[part], cfg, world) for part in parts)]
+    )
     print(text)
     if options["out"]:
         Path(options["out"]).write_text(text + "\n")
+    for part in parts:
+        check_same_work(part, results[part], cfg.precision.name)
     return 0
 
 

@@ -132,8 +132,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled where the optimizer decouples it; not applied to biases and norms."""
     betas: list[float] | None = None
+    """Decay of the running mean and of the running square of the gradient, each in [0, 1)."""
     eps: float | None = None
+    """Added to the denominator of the update."""
     momentum: float | None = None
+    """Decay of the running gradient (sgd, muon, rmsprop), in [0, 1)."""
     fused: bool | None = None
     """Fused kernel of torch (adamw, adam, sgd; not with an offloaded step); null: on for adamw and adam."""
     gradient_clipping: float = 1.0
@@ -175,14 +178,17 @@ class ZeroConfig:
     """What the engine shards over the data ranks: 0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters."""
 
     stage: int = 1
+    """0 | 1 | 2 | 3, see above."""
     offload_optimizer: str = "none"
     """none | cpu | nvme (nvme: stage 3 and `nvme_path`)."""
     offload_param: str = "none"
     """none | cpu | nvme (stage 3)."""
     nvme_path: str | None = None
+    """Folder on a local NVMe disk for offloaded tensors."""
     overlap_comm: bool = False
-    reduce_bucket_size: int = 500_000_000
-    """Elements reduced at once."""
+    """Reduce gradients while backward goes on (CUDA); takes a second bucket."""
+    reduce_bucket_size: int = 50_000_000
+    """Elements reduced at once; the engine allocates the bucket whole, however small the model."""
     allgather_bucket_size: int = 500_000_000
     """Elements gathered at once (stages 1, 2)."""
     prefetch_bucket_size: int = 50_000_000
@@ -202,8 +208,11 @@ class ParallelConfig:
     """Degrees of parallelism; the data degree is what is left of the world."""
 
     tensor: int = 1
+    """Ranks that share each matrix. Not in this version: 1."""
     pipeline: int = 1
+    """Stages that the layers are cut into. Not in this version: 1."""
     sequence: int = 1
+    """Ranks that share each sequence. Not in this version: 1."""
 
 
 @dataclass
@@ -218,6 +227,8 @@ class CheckpointConfig:
 
 @dataclass
 class EvalConfig:
+    """Evaluation over the whole held-out split, each row once."""
+
     every: int = 0
     """Evaluate each n optimizer steps; 0: only before the first and after the last."""
     micro_size: int | None = None
@@ -230,6 +241,8 @@ class EvalConfig:
 
 @dataclass
 class TrackConfig:
+    """Where metrics go besides the run directory."""
+
     to: list[str] = field(default_factory=list)
     """tensorboard | wandb | mlflow | csv; metrics.jsonl is always written."""
     project: str = "deepspeed-recipes"
@@ -249,6 +262,7 @@ class Config:
     overwrite: bool = False
     """Replace a run that `run_dir` already holds."""
     seed: int = 0
+    """Of the new model's weights and of the order of the samples."""
     device: str = "auto"
     """auto | cpu | cuda: what this run trains on (auto: CUDA where there is a GPU)."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -262,7 +276,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: str | None = None
-    """null: a new run · auto: the newest checkpoint of `run_dir` · PATH of a checkpoint."""
+    """A checkpoint to continue from. Not in this version: null."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)

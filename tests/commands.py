@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from launch.runtime.processes import free_port
@@ -20,6 +21,10 @@ SMALL = (
 """A whole run in seconds: real text, a tiny model."""
 
 
+EXTENSIONS = str(Path(tempfile.gettempdir()) / f"torch_extensions_of_tests_{os.getuid()}")
+"""Where torch keeps what it compiles: one folder, or each private cache would compile the engine's kernel again."""
+
+
 def environment(cache: Path, **extra: str) -> dict[str, str]:
     """The user's environment without this test process's settings; caches in `cache`."""
     kept = {
@@ -32,6 +37,7 @@ def environment(cache: Path, **extra: str) -> dict[str, str]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(cache),
         "HF_HUB_OFFLINE": "1",
+        "TORCH_EXTENSIONS_DIR": EXTENSIONS,
         **extra,
     }
 

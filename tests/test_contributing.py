@@ -78,7 +78,7 @@ def test_the_data_source(house: Path) -> None:
 
 
 def test_the_rule_and_its_case(house: Path) -> None:
-    wrong, key, legal, _ = eval(EXAMPLES["tests/conf/test_conf_rules.py"].strip().rstrip(","), {"CPU": None})
+    wrong, key, legal, _ = eval(EXAMPLES["tests/conf/test_conf_rules.py"].strip(), {"CPU": None})
     assert problems(house, "+recipe=quickstart", *wrong) == [key]
     assert problems(house, "+recipe=quickstart", *legal) == []
 

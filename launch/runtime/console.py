@@ -85,7 +85,9 @@ class Bar:
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
                 console=terminal.console,
-                transient=False,
+                # What libraries print is for the log; rich would take it to the terminal.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._rich.start()
             self._task = self._rich.add_task(what, total=total, note="")

@@ -135,12 +135,13 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def _figure(out: Path, size: tuple[float, float], grid: tuple[int, int], draw: Callable[[Any], None]) -> Path:
-    import matplotlib
+    # Not through pyplot: it would switch the backend of a notebook, and keep every figure of a long process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(*grid, figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(*grid)
     try:
         draw(axes)
         for one in figure.axes:
@@ -149,8 +150,6 @@ def _figure(out: Path, size: tuple[float, float], grid: tuple[int, int], draw: C
         figure.savefig(out, dpi=140)
     except OSError as error:
         raise RequestError(Problem("out", str(out), f"cannot be written: {error.strerror or error}")) from error
-    finally:
-        plt.close(figure)
     return out
 
 

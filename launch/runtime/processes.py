@@ -84,8 +84,9 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
 
 
 def leave() -> None:
-    """Close the process group, if there is one."""
-    import torch
+    """Close the process group, if there is one, so that this process (a notebook, say) may join another."""
+    from deepspeed import comm
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    # Not torch's own call: deepspeed 0.19.8 would keep groups that no longer exist.
+    if comm.is_initialized():
+        comm.destroy_process_group()
