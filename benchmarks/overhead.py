@@ -1,10 +1,10 @@
-"""Steady tokens/s of our loop against a hand-written PyTorch DDP loop and transformers.Trainer, and of each acceleration.
+"""Steady tokens/s of our loop against a hand-written DDP loop and transformers.Trainer, and of each acceleration.
 
     python benchmarks/overhead.py [ranks=2] [steps=3] [rounds=6] [starts=3] [parts=contest,accelerations] [out=FILE.md]
                                   [model=quickstart|llama_1b|…] [key=value …]
 
-Every contender has processes of its own, all are built and warm at the same time, and they take turns: a few steps each,
-round after round, so that noise hits all alike. benchmarks/README.md tells the method and what came out.
+Every contender has processes of its own, all are built and warm at the same time, and they take turns: a few steps
+each, round after round, so that noise hits all alike. benchmarks/README.md tells the method and what came out.
 """
 
 from __future__ import annotations
@@ -369,7 +369,7 @@ class Team:
 
 @dataclass
 class Result:
-    """What a contender did: tokens/s of each turn, seconds of its first step (the longest of all starts), how it ended."""
+    """What a contender did: tokens/s of each turn, seconds of its slowest first step, how it ended."""
 
     speed: list[float]
     first_step: float

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -44,6 +45,7 @@ def compose(overrides: Iterable[str], world_size: int, environment: Environment 
         raise RequestError(problems)
     if world_size < 1:
         raise RequestError([*problems, Problem("world_size", str(world_size), "at least one rank", "world_size=1")])
+    read.values = {**_what_a_choice_brings(read), **read.values}
     config, failures = _compose(read)
     problems += failures
     if config is not None:
@@ -83,6 +85,24 @@ def recipe_listing() -> str:
 def _description(text: str) -> str:
     found = re.search(r"^# description:\s*(.+)$", text, re.MULTILINE)
     return found.group(1) if found else ""
+
+
+def _what_a_choice_brings(read: Overrides) -> dict[str, str]:
+    """Values that give way to what the user chose, because the recipe set them for its own choice.
+
+    `train.steps` replaces a recipe's epochs and the other way round; another optimizer than the recipe's comes with its
+    own learning rate.
+    """
+    brought = {}
+    recipe = yaml.safe_load((CONF_DIR / "recipe" / f"{read.choices['recipe']}.yaml").read_text())
+    for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
+        if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
+            brought[f"train.{theirs}"] = "null"
+    chosen = read.choices.get("optimizer")
+    defaults = {k: v for entry in recipe.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
+    if chosen is not None and chosen != defaults.get("override /optimizer"):
+        brought["optimizer.lr"] = str(yaml.safe_load((CONF_DIR / "optimizer" / f"{chosen}.yaml").read_text())["lr"])
+    return brought
 
 
 def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:

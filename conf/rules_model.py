@@ -141,4 +141,19 @@ def _packages() -> list[str]:
     return sorted(importlib.metadata.packages_distributions())
 
 
-RULES = (origin, config, attention, weights)
+def set_elsewhere(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Attributes of the model that follow from other keys: given here they would be overwritten."""
+    for key, value in cfg.model.config.items():
+        if key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            yield Problem(
+                f"model.config.{key}", str(value), "special tokens are those of the tokenizer", "leave it out"
+            )
+        elif key == "use_cache":
+            yield Problem(
+                "model.config.use_cache", str(value), "training has no cache, exported models do", "leave it out"
+            )
+        elif key == "model_type":
+            yield Problem("model.config.model_type", str(value), "the family is model.type", f"model.type={value}")
+
+
+RULES = (origin, config, set_elsewhere, attention, weights)

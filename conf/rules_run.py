@@ -12,7 +12,15 @@ from conf.errors import Problem
 from conf.rules_values import changed, shown
 from conf.schema import Config
 
-RUN_FILES = {"config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "summary.json", "loss.png"}
+RUN_FILES = {
+    "config.yaml",
+    "ds_config.json",
+    "metrics.jsonl",
+    "metrics.csv",
+    "evaluations.csv",
+    "summary.json",
+    "loss.png",
+}
 RUN_FOLDERS = {"model", "logs", "tensorboard"}
 """What a run writes into its directory."""
 
@@ -98,8 +106,15 @@ def checkpoints(cfg: Config, layout: Layout, env: Environment) -> Iterator[Probl
 
 def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """The run directory can be written and holds nothing that would be lost or mixed up."""
-    path = Path(cfg.run_dir).expanduser()
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        path = Path(cfg.run_dir).expanduser()
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user that does not exist, a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        yield Problem(
+            "run_dir", cfg.run_dir[:80], f"is no path of this system: {reason}", f"run_dir=runs/{cfg.name[:40]}"
+        )
+        return
     if not existing.is_dir():
         yield Problem("run_dir", cfg.run_dir, f"{existing} is a file, not a folder", f"run_dir={_free(existing)}")
         return

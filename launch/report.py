@@ -82,10 +82,16 @@ def row_of(run: RunMetrics) -> tuple[str, ...]:
         run.name,
         str(run.steps[-1]["step"]) if run.steps else "0",
         f"{run.steps[-1]['loss']:.4f}" if run.steps else "-",
-        f"{last['loss']:.4f}" if last else "-",
+        f"{last['loss']:.4f}{_behind(run)}" if last else "-",
         f"{last.get('perplexity', math.exp(min(last['loss'], 700.0))):,.1f}" if last else "-",
         f"{statistics.median(speeds):,.0f}" if speeds else "-",
     )
+
+
+def _behind(run: RunMetrics) -> str:
+    """` (step 0)` where the last evaluation is older than the last step: the run is not finished."""
+    evaluated, reached = run.held_out[-1]["step"], run.steps[-1]["step"] if run.steps else 0
+    return f" (step {evaluated})" if evaluated < reached else ""
 
 
 if __name__ == "__main__":

@@ -56,9 +56,12 @@ class CausalLM(Recipe):
             raise RequestError(problems)
 
     def _check_model(self) -> list[Problem]:
-        """What only the model's own configuration can tell: its vocabulary and its positions."""
-        config = self.model_config().get_text_config()
-        problems = []
+        """What only the model's own configuration can tell: whether it can be built, its vocabulary, its positions."""
+        from recipes.models.build import check_buildable
+
+        whole = self.model_config()
+        config = whole.get_text_config()
+        problems = check_buildable(self.hf_class(), whole)
         if len(self.tokenizer) > config.vocab_size:
             problems.append(
                 Problem(

@@ -120,6 +120,7 @@ def _write(
             held = {name: value.contiguous() for name, value in rename(held).items()}
             file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             save_file(held, scratch / file, metadata={"format": "pt"})
+            (scratch / file).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
             index |= dict.fromkeys(held, file)
             total += sum(value.nbytes for value in held.values())
     # Run the generator to its end on every rank: the last parameter it gathered is released there, together.
@@ -131,6 +132,12 @@ def _write(
         describe(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> 
 
     Every rank yields equally many micro-batches: under ZeRO-3 a forward pass is a collective call.
     """
-    size, rows = cfg.eval.micro_size or sizes(cfg.batch)[1], len(recipe.held_out)
+    rows = len(recipe.held_out)
+    # A micro-batch is filled up to its size: no larger than one rank's share.
+    size = min(cfg.eval.micro_size or sizes(cfg.batch)[1], -(-rows // layout.data))
     for first in range(0, rows, size * layout.data):
         mine = range(first + rank * size, min(first + (rank + 1) * size, rows))
         yield recipe.collate([recipe.held_out.row(i) for i in mine], size)
@@ -66,6 +69,8 @@ def run(
     def evaluate(step: int) -> dict[str, float]:
         started = time.perf_counter()
         metrics = engine.evaluate(held_out_batches(rank, recipe, cfg, layout))
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteError(f"after step {step}: the held-out loss is {metrics['loss']}; no model is exported")
         log({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
         return metrics
 

@@ -78,23 +78,23 @@ class MLflow(Tracker):
 
 
 class Csv(Tracker):
-    """metrics.csv: the training rows, for spreadsheets."""
+    """metrics.csv with the training rows and evaluations.csv with the others, for spreadsheets."""
 
     def __init__(self, run_dir: Path, cfg: Config, config: dict[str, Any]):
-        self._file = (run_dir / "metrics.csv").open("w", newline="")
-        self._writer: csv.DictWriter | None = None
+        self._files = {name: (run_dir / f"{name}.csv").open("w", newline="") for name in ("metrics", "evaluations")}
+        self._writers: dict[str, csv.DictWriter] = {}
 
     def log(self, row: Row) -> None:
-        if "split" in row:
-            return
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, list(row))
-            self._writer.writeheader()
-        self._writer.writerow(row)
-        self._file.flush()
+        name = "evaluations" if "split" in row else "metrics"
+        if name not in self._writers:
+            self._writers[name] = csv.DictWriter(self._files[name], list(row), extrasaction="ignore")
+            self._writers[name].writeheader()
+        self._writers[name].writerow(row)
+        self._files[name].flush()
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "csv": Csv}
@@ -109,7 +109,7 @@ class MetricsLog:
 
     def log(self, row: Row) -> None:
         # One write of one whole line: an interrupted run leaves no half row.
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.log(row)

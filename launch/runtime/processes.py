@@ -77,10 +77,33 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     torch.set_num_threads(threads_per_rank(threads, ranks.local_world))
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
+    if device == "cpu":
+        _build_communication_kernel()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def _build_communication_kernel() -> None:
+    """Compile the engine's shared-memory kernel for CPU ranks, one process at a time; quick when that was done before.
+
+    torch's own lock is a file that an interrupted build leaves behind, and then every later run waits for it without a
+    word. Ours ends with its process; whoever holds it may take torch's away.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from filelock import FileLock
+    from torch.utils import cpp_extension
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / "deepspeed_recipes.lock"):
+        for stale in root.glob(f"**/{builder.name}/lock"):
+            stale.unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def leave() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def read_request(argv: list[str], command: str, own: dict[str, str] | None = Non
     world = ranks.world
     if "world_size" in values:
         text = values["world_size"]
-        if not text.isdigit() or int(text) < 1:
+        if not (text.isascii() and text.isdigit()) or int(text) < 1:
             raise RequestError(Problem("world_size", text, "must be a positive number of ranks", "world_size=8"))
         world = int(text)
     environment = detect()
@@ -84,11 +85,20 @@ def read_request(argv: list[str], command: str, own: dict[str, str] | None = Non
     return Request(cfg, Layout.of(world, cfg.parallel), environment, ranks, values)
 
 
+def _standing_somewhere(argv: list[str]) -> list[str]:
+    try:
+        os.getcwd()
+    except OSError:
+        rule = "the folder this command was started in does not exist any more"
+        raise RequestError(Problem("working directory", "", rule, "cd into another one")) from None
+    return argv
+
+
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else."""
     ranks = ranks_from_environment()
     try:
-        code = main(sys.argv[1:])
+        code = main(_standing_somewhere(sys.argv[1:]))
     except RequestError as error:
         if not ranks.first:
             # Rank 0 says the same and the launcher ends this one meanwhile. If not, only this rank was refused: say it.

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from conf.errors import Problem, RequestError
 
-OWN = ("config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "summary.json", "loss.png")
+OWN = ("config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "evaluations.csv", "summary.json", "loss.png")
 OWN_FOLDERS = ("model", "logs", "tensorboard")
 """All that a run writes; `overwrite=true` deletes these and nothing else."""
 
@@ -25,6 +27,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
+        self._lock = FileLock(self.path / ".lock")
 
     def create(self, overwrite: bool) -> None:
         """Make the folder and show that it can be written; replace an old run where asked.
@@ -44,6 +47,24 @@ class RunDir:
             for name in OWN_FOLDERS:
                 if name != "logs":
                     shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def claim(self, ranks: int) -> None:
+        """Keep this folder for this process, until it ends, and remove logs of ranks that this run does not have.
+
+        Raises RequestError when another run is at work in it.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            rule = "another run is at work in it"
+            raise RequestError(Problem("run_dir", str(self.path), rule, f"run_dir={self.path}-2")) from None
+        for log in self.logs.glob("rank_*.log"):
+            if log.stem[5:].isdigit() and int(log.stem[5:]) >= ranks:
+                log.unlink()
+
+    def leave(self) -> None:
+        """Let other runs have this folder."""
+        self._lock.release()
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")

@@ -67,13 +67,17 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     run_dir = RunDir(cfg.run_dir)
     engine_config = ds_config(cfg, layout, request.device)
     run_dir.create(cfg.overwrite and ranks.first)
+    if ranks.first:
+        run_dir.claim(layout.world)
     terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
+    terminal.say("starting the engine (a machine's first run compiles a kernel: about a minute)")
     terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
     device = processes.join(ranks, request.device, cfg.train.threads)
     try:
         return _train(request, recipe, steps, run_dir, engine_config, device, terminal)
     finally:
         processes.leave()
+        run_dir.leave()
 
 
 def _train(

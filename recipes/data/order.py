@@ -57,7 +57,9 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     positive = [k for k, weight in enumerate(weights) if weight > 0]
     if not positive or len(positive) > total or min(weights) < 0:
         raise ValueError(f"{total} samples cannot be split by the weights {list(weights)}")
-    exact = [total * weight / sum(weights) for weight in weights]
+    largest = max(weights)  # first divided by it: a sum of huge weights would overflow
+    whole = sum(weight / largest for weight in weights)
+    exact = [total * (weight / largest) / whole for weight in weights]
     counts = [int(share) for share in exact]
     for k in sorted(positive, key=lambda k: (counts[k] - exact[k], k))[: total - sum(counts)]:
         counts[k] += 1

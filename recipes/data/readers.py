@@ -124,12 +124,27 @@ def _lines(path: Path, problems: Problems, meter: Meter) -> Iterator[tuple[int, 
             problems.add(_broken_gzip(path, error))
 
 
+class _TwiceError(ValueError):
+    """A key given twice, of which Python would keep the last in silence."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return record
+
+
 def _jsonl(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
     for number, line in _lines(path, problems, meter):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_once)
+        except _TwiceError as error:
+            problems.add(Problem(f"{path}:{number}", "", f"the key '{error}' stands twice in one object"))
+            continue
         except json.JSONDecodeError as error:
             problems.add(Problem(f"{path}:{number}", "", f"not valid JSON: {error.msg} at column {error.colno}"))
             continue
@@ -164,6 +179,10 @@ def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> 
             return
         if header is None:
             header = fields
+            if twice := sorted({name for name in fields if fields.count(name) > 1}):
+                rule = f"two columns are called {', '.join(twice)}; only one of them would be read"
+                problems.add(Problem(f"{path}:{fed[0]}", "", rule, "a name of its own for each column"))
+                return
         elif len(fields) == len(header):
             yield fed[0], dict(zip(header, fields, strict=True))
         elif fields:  # the csv module gives an empty list for a blank line

@@ -93,10 +93,21 @@ def check_content(content: dict[str, Any], where: str, columns: dict[str, str]) 
     if "messages" in content:
         return _check_messages(content["messages"], where, columns["messages"])
     return [
-        Problem(where, "", f"column '{columns[name]}' must be a string, it is {_kind(value)}")
+        Problem(where, "", f"column '{columns[name]}' {wrong}")
         for name, value in content.items()
-        if not isinstance(value, str)
+        if (wrong := _wrong_text(value))
     ]
+
+
+def _wrong_text(value: Any) -> str:
+    """Why a value is no text that a tokenizer takes; empty when it is. JSON can spell half of a surrogate pair."""
+    if not isinstance(value, str):
+        return f"must be a string, it is {_kind(value)}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a surrogate pair at character {error.start + 1}, which is no text"
+    return ""
 
 
 def is_empty(content: dict[str, Any]) -> bool:
@@ -119,9 +130,8 @@ def _check_messages(messages: Any, where: str, column: str) -> list[Problem]:
                 nearest = did_you_mean(part, message) or ", ".join(map(str, message))
                 rule = f"message {number} has no '{part}'; it has: {nearest or 'nothing'}"
                 problems.append(Problem(where, "", rule, '{"role": "user", "content": "…"}'))
-            elif not isinstance(message[part], str):
-                rule = f"'{part}' of message {number} must be a string, it is {_kind(message[part])}"
-                problems.append(Problem(where, "", rule))
+            elif wrong := _wrong_text(message[part]):
+                problems.append(Problem(where, "", f"'{part}' of message {number} {wrong}"))
     return problems
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from conf.errors import Problem, RequestError
+from conf.errors import Problem, RequestError, did_you_mean
+
+OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""Taken by transformers 5 and kept under other names."""
 
 Place = Callable[[list[nn.Parameter]], None]
 """Called with a block's parameters once they are whole and final; may shard them (ZeRO-3)."""
@@ -29,8 +32,51 @@ def package_folder(path: str) -> Path | None:
 
 
 def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
-    """The transformers configuration of a new model: `config` over the defaults of its family."""
-    return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
+    """The transformers configuration of a new model: `config` over the defaults of its family.
+
+    Raises RequestError for an unknown family, an attribute that the family does not have (transformers would keep it,
+    and nothing would read it), or a value that it refuses.
+    """
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        near = did_you_mean(model_type, CONFIG_MAPPING)
+        rule = "not a model family of transformers"
+        raise RequestError(Problem("model.type", model_type, rule, f"model.type={near}" if near else "")) from None
+    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES} - {"model_type", "use_cache"}
+    wrong = [
+        Problem(f"model.config.{key}", str(value), f"{model_type} has no such attribute", _near(key, names))
+        for key, value in config.items()
+        if key not in names
+    ]
+    if wrong:
+        raise RequestError(wrong)
+    try:
+        return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
+    except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
+        raise RequestError(_refused(model_type, error)) from None
+
+
+def check_buildable(hf_class: Any, config: PretrainedConfig) -> list[Problem]:
+    """What keeps a model of this configuration from being built, shown on the meta device: no memory, no weights."""
+    try:
+        with torch.device("meta"):
+            hf_class.from_config(config)
+    except Exception as error:  # as above: whatever a family raises for its own configuration
+        return [_refused(config.model_type, error)]
+    return []
+
+
+def _near(key: str, names: set[str]) -> str:
+    near = did_you_mean(key, names)
+    return f"model.config.{near}" if near else ""
+
+
+def _refused(model_type: str, error: Exception) -> Problem:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return Problem(
+        "model.config", model_type, f"transformers cannot build this model: {type(error).__name__}: {reason}"
+    )
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -119,14 +119,11 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     """The transformers configuration; a new model without a vocabulary gets that of the tokenizer to be trained."""
     from transformers import AutoConfig
 
+    from recipes.models.build import package_folder, scratch_config
+
     if model.path is None:
         vocabulary = {} if "vocab_size" in model.config else {"vocab_size": data.vocab_size or 4096}
-        try:
-            return AutoConfig.for_model(str(model.type), **{**model.config, **vocabulary, "use_cache": False})
-        except (ValueError, TypeError, KeyError) as error:
-            rule = f"transformers refuses this configuration: {_first_line(error)}"
-            raise RequestError(Problem("model.type", str(model.type), rule)) from error
-    from recipes.models.build import package_folder
+        return scratch_config(str(model.type), {**model.config, **vocabulary})
 
     folder = package_folder(model.path) or model.path
     extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}

@@ -36,7 +36,7 @@ CASES = [
     (["track.to=[tensorbord]"], "track.to", ["track.to=[tensorboard,csv]"], CPU),
     # rules_run
     (["train.steps=null"], "train.steps", ["train.steps=100"], CPU),
-    (["train.epochs=1"], "train.epochs", ["train.epochs=1", "train.steps=null"], CPU),
+    (["train.epochs=1", "train.steps=200"], "train.epochs", ["train.epochs=1", "train.steps=null"], CPU),
     (["scheduler.warmup_steps=101"], "scheduler.warmup_steps", ["scheduler.warmup_steps=100"], CPU),
     (["scheduler.decay_steps=9"], "scheduler.decay_steps", ["scheduler=wsd", "scheduler.decay_steps=9"], CPU),
     (["scheduler=wsd", "scheduler.decay_steps=91"], "scheduler.decay_steps",
@@ -54,6 +54,8 @@ CASES = [
     (["optimizer=muon", "optimizer.gradient_clipping=1.0"], "optimizer.gradient_clipping",
      ["optimizer=muon", "optimizer.gradient_clipping=1.0", "zero=stage0"], CPU),
     (["optimizer=adagrad"], "optimizer.name", ["optimizer=adagrad", "zero=stage0"], CPU),
+    (["model.config.use_cache=true"], "model.config.use_cache", [], CPU),
+    (["model.config.eos_token_id=5"], "model.config.eos_token_id", [], CPU),
     (["track=wandb"], "track.to", ["track=csv"], NO_WANDB),
     (["track.project=x"], "track.project", ["track.project=x", "track=wandb"], CPU),
     # rules_optimizer

@@ -187,8 +187,6 @@ def test_accelerations_change_nothing_but_time() -> None:
 
 @pytest.mark.slow
 def test_compiled_layers_change_nothing_but_time() -> None:
-    plain, compiled, sharded = run_ranks(
-        2, step_losses, [{}, {"train__compile": True}, {"train__compile": True, "stage": 3}], timeout_s=600
-    )[0]
+    """Under ZeRO-3, where the engine's hooks sit between the compiled layers."""
+    plain, compiled = run_ranks(2, step_losses, [{}, {"train__compile": True, "stage": 3}], timeout_s=600)[0]
     np.testing.assert_allclose(compiled, plain, rtol=1e-6)
-    np.testing.assert_allclose(sharded, plain, rtol=1e-6)

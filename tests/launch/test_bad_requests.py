@@ -44,7 +44,7 @@ BY_CONFIGURATION = {
     "warm-up longer than training": (["train.steps=10", "scheduler.warmup_steps=20"], ["scheduler.warmup_steps=20"]),
     "sequences longer than the model": (["data.seq_length=4096"], ["data.seq_length=4096", "1024"]),
     "a vocabulary larger than the embedding": (["data.vocab_size=9000"], ["data.vocab_size=9000", "4096"]),
-    "both steps and epochs": (["train.epochs=1"], ["train.steps", "train.epochs"]),
+    "both steps and epochs": (["train.epochs=1", "train.steps=50"], ["train.steps", "train.epochs"]),
     "a data path that does not exist": (["data=text", "data.path=nowhere/*.txt"], ["data.path=nowhere"]),
     "a model folder that does not exist": (["model=pretrained", "model.path=./nowhere"], ["model.path=./nowhere"]),
     "a mandatory key left out": (["model=pretrained"], ["model.path"]),

