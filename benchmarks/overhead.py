@@ -4,12 +4,11 @@
                                   [model=quickstart|llama_1b|…] [key=value …]
 
 Every contender has processes of its own, all are built and warm at the same time, and they take turns: a few steps
-each, round after round, so that noise hits all alike. benchmarks/README.md tells the method and what came out.
+each, round after round, so that noise hits all alike. benchmarks/README.md tells the method.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import multiprocessing
 import os
@@ -20,10 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,15 +31,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from benchmarks.contenders import LOOPS, HalfSupervised, Job, Pause, held_out_loss
 from conf.batch import Layout, batch_line
 from conf.compose import compose
 from conf.environment import detect
-from conf.errors import RequestError
+from conf.errors import Problem, RequestError
 from conf.schema import Config
 from launch.runtime import processes
 from launch.runtime.request import split_arguments
 from recipes import recipe_class
-from recipes.base import Recipe
 
 OWN = {
     "ranks": "2", "steps": "3", "rounds": "6", "starts": "3", "parts": "contest,accelerations", "out": "",
@@ -90,204 +88,6 @@ PARTS = {
 }
 
 
-@dataclass
-class Job:
-    """What a loop is given: everything but how to train."""
-
-    cfg: Config
-    recipe: Recipe
-    layout: Layout
-    device: Any
-    rank: int
-    steps: int
-
-
-# The three loops. Each calls `pause` once when it is built and then after every optimizer step, and returns its model.
-
-
-def ours(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
-    """launch/runtime as `launch/train.py` runs it, metrics.jsonl included; without evaluation."""
-    from launch.runtime import loop
-    from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import Engine
-    from launch.runtime.metrics import MetricsLog
-
-    job.recipe.held_out = ()  # type: ignore[assignment]
-    engine_config = ds_config(job.cfg, job.layout, job.device.type)
-    engine = Engine(job.recipe, job.cfg, job.layout, engine_config, job.device, job.steps)
-    metrics = MetricsLog(Path(tempfile.mkdtemp(dir=".")) / "metrics.jsonl", []) if job.rank == 0 else None
-
-    def log(row: dict[str, Any]) -> None:
-        if metrics is not None:
-            metrics.log(row)
-        if "split" not in row or row["step"] == 0:
-            pause()
-
-    loop.run(engine, job.recipe, job.cfg, job.layout, job.rank, job.steps, log)
-    return engine.ds
-
-
-def by_hand(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
-    """What one writes without a framework: DDP, autocast below fp32, cross-entropy of all logits, AdamW, clipping."""
-    import torch
-    from torch.nn import functional as F
-    from torch.nn.parallel import DistributedDataParallel
-
-    from launch.runtime.engine import parameter_groups
-    from launch.runtime.loop import training_batches
-
-    cfg, half = job.cfg, job.cfg.precision.name != "fp32"
-    raw = whole_model(job, "fp32").train()
-    model = DistributedDataParallel(raw, gradient_as_bucket_view=True) if job.layout.data > 1 else raw
-    optimizer = torch.optim.AdamW(
-        parameter_groups(raw, cfg.optimizer.weight_decay),
-        lr=cfg.optimizer.lr,
-        betas=tuple(cfg.optimizer.betas),
-        eps=cfg.optimizer.eps,
-        fused=cfg.optimizer.fused or None,
-    )
-    pause()
-    for step in range(job.steps):
-        for index, batch in enumerate(training_batches(step, job.rank, job.recipe, cfg, job.layout)):
-            tensors = {name: torch.from_numpy(values).to(job.device) for name, values in batch.items()}
-            last = index == cfg.batch.accumulation - 1
-            with contextlib.nullcontext() if last or model is raw else model.no_sync():
-                with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
-                    logits = model(**inputs(cfg, tensors)).logits
-                loss = F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten())
-                (loss / cfg.batch.accumulation).backward()
-        torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optimizer.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
-        pause()
-    return raw
-
-
-def trainer(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
-    """transformers.Trainer on the engine, with our engine configuration; no logging, saving or evaluation."""
-    import torch
-    import transformers
-
-    from launch.runtime.ds_config import ds_config
-
-    cfg, recipe = job.cfg, job.recipe
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return job.steps * cfg.batch.global_size
-
-        def __getitem__(self, index: int) -> Any:
-            return recipe.train.row(index)
-
-    def collate(rows: list[Any]) -> dict[str, Any]:
-        tensors = {name: torch.from_numpy(values) for name, values in recipe.collate(rows, len(rows)).items()}
-        # Our labels are shifted already.
-        return {**inputs(cfg, tensors), "labels": tensors["labels"], "shift_labels": tensors["labels"]}
-
-    class Pause(transformers.TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            pause()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            pause()
-
-    optimizer = cfg.optimizer
-    arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(dir="."),
-        deepspeed=ds_config(cfg, job.layout, job.device.type),
-        max_steps=job.steps,
-        per_device_train_batch_size=cfg.batch.micro_size,
-        gradient_accumulation_steps=cfg.batch.accumulation,
-        learning_rate=optimizer.lr,
-        lr_scheduler_type="constant",
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_epsilon=optimizer.eps,
-        max_grad_norm=optimizer.gradient_clipping,
-        bf16=cfg.precision.name == "bf16",
-        fp16=cfg.precision.name == "fp16",
-        use_cpu=job.device.type == "cpu",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    loop = transformers.Trainer(whole_model(job, cfg.precision.name), arguments, collate, Rows(), callbacks=[Pause()])
-    loop.train()
-    return loop.model_wrapped
-
-
-LOOPS: dict[str, Callable[[Job, Callable[[], None]], Callable[..., Any]]] = {
-    "ours": ours, "by_hand": by_hand, "trainer": trainer,
-}  # fmt: skip
-
-
-def whole_model(job: Job, precision: str) -> Any:
-    """The same initial weights for everyone, unsharded."""
-    from launch.runtime.engine import build_model
-
-    plain = replace(job.cfg, zero=replace(job.cfg.zero, stage=0), precision=replace(job.cfg.precision, name=precision))
-    return build_model(job.recipe, plain, {}, job.device).to(job.device)
-
-
-def inputs(cfg: Config, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The model's inputs: packed documents are told apart by their positions."""
-    positions = {"position_ids": tensors["position_ids"]} if cfg.data.packing == "documents" else {}
-    return {"input_ids": tensors["input_ids"], **positions, "use_cache": False}
-
-
-class HalfSupervised:
-    """Rows whose first half supervises nothing."""
-
-    def __init__(self, rows: Any):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, index: int) -> dict[str, Any]:
-        row = dict(self._rows.row(index))
-        row["labels"] = row["labels"].copy()
-        row["labels"][: len(row["labels"]) // 2] = -100
-        return row
-
-
-class Pause:
-    """Lets a loop go on only when it is its turn; the loop calls it when it is built and after every step."""
-
-    def __init__(self, pipe: Connection, device: Any):
-        self._pipe, self._device = pipe, device
-        self._left, self._started = 1, time.perf_counter()
-
-    def __call__(self) -> None:
-        import torch
-
-        self._left -= 1
-        if self._left:
-            return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self._pipe.send(time.perf_counter() - self._started)
-        self._left = self._pipe.recv()
-        self._started = time.perf_counter()
-
-
-def held_out_loss(model: Callable[..., Any], job: Job, rows: Any) -> float:
-    """Mean loss over one micro-batch of held-out rows: equal for all who did the same work."""
-    import torch
-    from torch.nn import functional as F
-
-    batch = job.recipe.collate([rows.row(i) for i in range(job.cfg.batch.micro_size)], job.cfg.batch.micro_size)
-    tensors = {name: torch.from_numpy(values).to(job.device) for name, values in batch.items()}
-    with torch.no_grad():
-        logits = model(**inputs(job.cfg, tensors)).logits
-    return float(F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten()))
-
-
 def contend(
     ranks: processes.Ranks, port: int, pipe: Connection, contender: Contender, overrides: list[str], steps: int
 ) -> None:
@@ -296,7 +96,7 @@ def contend(
         RANK=str(ranks.rank), LOCAL_RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world),
         LOCAL_WORLD_SIZE=str(ranks.world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    log = os.open(f"rank_{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"{tempfile.gettempdir()}/rank_{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
@@ -483,16 +283,30 @@ def setting(cfg: Config, options: dict[str, str], argv: list[str], device: str |
     )
 
 
+def check_options(options: dict[str, str]) -> None:
+    """RequestError for a part that does not exist and for counts that give no quartiles."""
+    least = {"ranks": 1, "steps": 1, "rounds": 2, "starts": 1}
+    problems = [
+        Problem(key, options[key], f"a whole number, at least {low}", f"{key}={OWN[key]}")
+        for key, low in least.items()
+        if not options[key].isdigit() or int(options[key]) < low
+    ]
+    for part in options["parts"].split(","):
+        if part not in PARTS:
+            problems.append(Problem("parts", part, f"one or more of {', '.join(PARTS)}", f"parts={OWN['parts']}"))
+    if problems:
+        raise RequestError(problems)
+
+
 def main(argv: list[str]) -> int:
     overrides, options = split_arguments(argv, OWN)
+    check_options(options)
     world = int(options["ranks"])
     if options["model"] != "quickstart":
         # The standard library is too small to learn a large vocabulary from; the embedding keeps its size all the same.
         overrides = [f"model={options['model']}", "data.vocab_size=4096", *overrides]
     cfg = compose([*BASE, *overrides], world)
     parts = options["parts"].split(",")
-    if unknown := set(parts) - set(PARTS):
-        raise SystemExit(f"error: parts={','.join(unknown)}: there are {', '.join(PARTS)}")
     recipe = recipe_class(cfg.task)(cfg)
     recipe.prepare()
     size = cfg.batch.global_size
@@ -503,13 +317,11 @@ def main(argv: list[str]) -> int:
     os.environ["DS_ACCELERATOR"] = detect().on(cfg.device).device
     os.environ["OMP_NUM_THREADS"] = str(processes.threads_per_rank(cfg.train.threads, world))
     os.environ["PYTHONWARNINGS"] = "ignore"
-    here, scratch = Path.cwd(), tempfile.mkdtemp()
+    scratch = os.environ["TMPDIR"] = tempfile.mkdtemp()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/inductor"  # so that the first step shows a cold compile
-    os.chdir(scratch)
     try:
         results = {part: run_part(part, options, overrides, tokens) for part in parts}
     finally:
-        os.chdir(here)
         shutil.rmtree(scratch)
     device = next(iter(results[parts[0]].values())).end["device"]
     text = "\n\n".join(

@@ -126,7 +126,13 @@ class CausalLM(Recipe):
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         length = len(rows[0]["input_ids"]) if rows else self.cfg.data.seq_length
         filled = [*rows, *(empty_row(length) for _ in range(size - len(rows)))]
-        return collate(filled, self.tokenizer.pad_token_id or 0)
+        batch = collate(filled, self.tokenizer.pad_token_id or 0)
+        positions = batch.pop("position_ids")
+        # No attention_mask: transformers keeps documents apart by where position_ids restart. Where none does, the
+        # default positions are the same, and attention is plainly causal, without a mask.
+        if self.cfg.data.packing == "documents" and (positions != np.arange(positions.shape[1])).any():
+            batch["position_ids"] = positions
+        return batch
 
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         from recipes.models.loss import IGNORE
@@ -139,10 +145,7 @@ class CausalLM(Recipe):
         from recipes.models.loss import IGNORE, cross_entropy, linear_cross_entropy, replaced_forward
 
         labels = batch["labels"]
-        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-        if self.cfg.data.packing == "documents":
-            # No attention_mask: transformers then keeps documents apart by where position_ids restart.
-            inputs["position_ids"] = batch["position_ids"]
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch} | {"use_cache": False}
         if not self._fused:
             logits = model(**inputs).logits
             return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")

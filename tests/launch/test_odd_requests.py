@@ -1,0 +1,103 @@
+"""Odd input that once trained in silence, hung, or ended in a traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from commands import PLAN, SMALL, TRAIN, environment, run
+from filelock import FileLock
+
+from conf.errors import RequestError
+from launch.runtime.run_dir import RunDir
+from recipes.models.build import check_buildable, scratch_config
+
+
+@pytest.mark.parametrize(
+    "family, config, key, nearest",
+    [
+        ("llama", {"hiden_size": 64}, "model.config.hiden_size", "model.config.hidden_size"),
+        ("gpt2", {"n_embed": 64}, "model.config.n_embed", "model.config.n_embd"),
+        ("lama", {}, "model.type", "model.type=llama"),
+        ("llama", {"initializer_range": "abc"}, "model.config", ""),
+        ("llama", {"rms_norm_eps": "tiny"}, "model.config", ""),
+    ],
+)
+def test_a_model_that_does_not_exist_is_refused(family: str, config: dict, key: str, nearest: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        scratch_config(family, config)
+    (problem,) = refused.value.problems
+    assert problem.key == key and nearest in problem.nearest
+
+
+def test_other_names_of_an_attribute_are_known() -> None:
+    assert scratch_config("gpt2", {"hidden_size": 48, "num_hidden_layers": 2}).n_embd == 48
+    assert scratch_config("llama", {"rope_theta": 5e5}).rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize("family, config", [("llama", {"hidden_act": "foo"}), ("t5", {})])
+def test_a_model_that_cannot_be_built_is_refused(family: str, config: dict) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (problem,) = check_buildable(AutoModelForCausalLM, scratch_config(family, config))
+    assert problem.key == "model.config"
+
+
+@pytest.mark.parametrize(
+    "odd", ["run_dir='~nosuchuser/x'", f"run_dir={'a' * 300}", "world_size=²", "world_size=0"], ids=lambda odd: odd[:20]
+)
+def test_odd_values_are_refused_without_a_traceback(odd: str, tmp_path: Path) -> None:
+    done = run([sys.executable, PLAN, "+recipe=quickstart", odd], tmp_path, environment(tmp_path / "cache"))
+    assert done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+
+
+def test_a_start_from_a_deleted_folder(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = ["bash", "-c", f"rmdir {gone}; exec {sys.executable} {PLAN} +recipe=quickstart"]
+    done = run(command, gone, environment(tmp_path / "cache"))
+    assert done.returncode == 2 and "does not exist any more" in done.stderr
+
+
+def test_a_run_directory_at_work_is_left_alone(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    first.create(overwrite=False)
+    first.claim(ranks=1)
+    with pytest.raises(RequestError, match="another run is at work"):
+        second.claim(ranks=1)
+    first.leave()
+    second.claim(ranks=1)
+
+
+def test_logs_of_ranks_that_are_no_more_are_removed(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.create(overwrite=False)
+    for rank in range(4):
+        (run_dir.logs / f"rank_{rank}.log").write_text("old")
+    run_dir.claim(ranks=2)
+    assert sorted(path.name for path in run_dir.logs.iterdir()) == ["rank_0.log", "rank_1.log"]
+
+
+@pytest.mark.slow
+def test_a_model_that_has_become_nan_is_not_exported(tmp_path: Path) -> None:
+    """The last update is only seen by the evaluation behind it."""
+    wild = ["optimizer.lr=1e38", "optimizer.gradient_clipping=0", "train.steps=1", "scheduler.warmup_steps=0"]
+    done = run([sys.executable, TRAIN, *SMALL, *wild], tmp_path, environment(tmp_path / "cache"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "held-out loss is" in done.stderr and "no model is exported" in done.stderr
+    assert not (tmp_path / "runs/quickstart/model").exists()
+    assert "NaN" not in (tmp_path / "runs/quickstart/metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_lock_left_by_an_interrupted_build_does_not_hang(tmp_path: Path) -> None:
+    """torch (2.13) waits for its own lock file for ever; a run takes it away, under a lock that dies with its owner."""
+    extensions = tmp_path / "extensions"
+    stale = extensions / "deepspeed_shm_comm" / "lock"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    env = environment(tmp_path / "cache", TORCH_EXTENSIONS_DIR=str(extensions))
+    done = run([sys.executable, TRAIN, *SMALL, "eval.prompt=null", "eval.new_tokens=48"], tmp_path, env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert FileLock(extensions / "deepspeed_recipes.lock").acquire(timeout=0)
