@@ -128,7 +128,7 @@ def by_hand(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
             last = index == cfg.batch.accumulation - 1
             with contextlib.nullcontext() if last or model is raw else model.no_sync():
                 with torch.autocast(job.device.type, torch.bfloat16, enabled=cfg.precision.name != "fp32"):
-                    logits = model(**inputs(cfg, tensors)).logits
+                    logits = model(**inputs(tensors)).logits
                 loss = F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten())
                 (loss / cfg.batch.accumulation).backward()
         torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.optimizer.gradient_clipping or float("inf"))
@@ -157,7 +157,7 @@ def trainer(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
     def collate(rows: list[Any]) -> dict[str, Any]:
         tensors = {name: torch.from_numpy(values) for name, values in recipe.collate(rows, len(rows)).items()}
         # Our labels are shifted already.
-        return {**inputs(cfg, tensors), "labels": tensors["labels"], "shift_labels": tensors["labels"]}
+        return {**inputs(tensors), "labels": tensors["labels"], "shift_labels": tensors["labels"]}
 
     class Pause(transformers.TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -204,7 +204,7 @@ def whole_model(job: Job, precision: str) -> Any:
     return build_model(job.recipe, plain, {}, job.device).to(job.device)
 
 
-def inputs(cfg: Config, tensors: dict[str, Any]) -> dict[str, Any]:
+def inputs(tensors: dict[str, Any]) -> dict[str, Any]:
     """The model's inputs: packed documents are told apart by their positions."""
     positions = {"position_ids": tensors["position_ids"]} if "position_ids" in tensors else {}
     return {"input_ids": tensors["input_ids"], **positions, "use_cache": False}
@@ -220,7 +220,7 @@ def held_out_loss(model: Callable[..., Any], job: Job, rows: Any) -> float:
     )
     tensors = {name: torch.from_numpy(values).to(job.device) for name, values in batch.items()}
     with torch.no_grad():
-        logits = model(**inputs(job.cfg, tensors)).logits
+        logits = model(**inputs(tensors)).logits
     return float(F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten()))
 
 

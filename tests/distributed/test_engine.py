@@ -103,7 +103,7 @@ class Poisoned(TinyCausalLM):
 
     def loss(self, model, batch):
         loss = super().loss(model, batch)
-        if not torch.distributed.get_rank():
+        if not torch.distributed.get_rank() or not torch.is_grad_enabled():
             return loss
         return loss * float("inf") if self.where == "loss" else _InfiniteGradient.apply(loss)
 
