@@ -13,6 +13,8 @@ from tiny import LENGTH, VOCABULARY, TinyCausalLM, plain_model, tiny_config
 
 from conf.batch import Layout
 
+pytestmark = pytest.mark.slow
+
 
 def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
     """(engine, recipe, cfg, layout) of a tiny run; `changes` are `section__field=value`."""

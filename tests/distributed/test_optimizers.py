@@ -12,6 +12,7 @@ import torch
 from ranks import run_ranks
 from test_engine import make
 
+pytestmark = pytest.mark.slow
 SETTINGS: dict[str, dict] = {
     "adam": {"betas": [0.9, 0.95], "eps": 1e-8},
     "adamw": {"betas": [0.9, 0.95], "eps": 1e-8},

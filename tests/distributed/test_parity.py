@@ -89,7 +89,7 @@ def runs(world: int) -> dict:
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [pytest.param(w, marks=[] if w == 2 else pytest.mark.slow) for w in WORLDS])
 def test_gradients_equal_plain_pytorch(world: int, stage: int, accumulation: int, checkpointing: int) -> None:
     steps = runs(world)[stage, accumulation, checkpointing]
     for number, ((loss, norm, gradients), (loss0, norm0, gradients0)) in enumerate(

@@ -21,6 +21,7 @@ WIDE = {
     "vocab_size": 2048,
 }
 WORLD = 4
+pytestmark = pytest.mark.slow
 
 
 def _recipe(folder: Path | None) -> TinyCausalLM:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from commands import PLAN, SMALL, TRAIN, environment, launcher, run
 
+pytestmark = pytest.mark.slow
 TINY = ("model=llama_tiny", "data.seq_length=64", "batch.global_size=8", "batch.micro_size=2")
 
 BY_CONFIGURATION = {

@@ -11,6 +11,7 @@ import torch
 from commands import EXPORT, environment, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
 IDS = torch.arange(16)[None]
 
 
