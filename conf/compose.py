@@ -79,7 +79,7 @@ def list_recipes() -> list[tuple[str, str]]:
 def recipe_listing() -> str:
     """The recipes as indented lines of a message."""
     width = max((len(name) for name, _ in list_recipes()), default=0)
-    return "\n".join(f"      {name:<{width}}  {description}" for name, description in list_recipes())
+    return "\n".join(f"      +recipe={name:<{width}}  {description}" for name, description in list_recipes())
 
 
 def _description(text: str) -> str:

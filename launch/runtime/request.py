@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from conf.batch import Layout
-from conf.compose import compose, hydra_passthrough, list_recipes
+from conf.compose import compose, hydra_passthrough, recipe_listing
 from conf.environment import Environment, detect
 from conf.errors import Problem, RequestError
 from conf.schema import Config
@@ -49,13 +49,6 @@ def split_arguments(argv: list[str], own: dict[str, str]) -> tuple[list[str], di
     return overrides, values
 
 
-def recipe_listing(command: str) -> str:
-    """What to say when no recipe was named."""
-    width = max(len(name) for name, _ in list_recipes())
-    lines = [f"  +recipe={name:<{width}}  {description}" for name, description in list_recipes()]
-    return "\n".join([f"error: no recipe named; {command} takes one of", *lines])
-
-
 def read_request(argv: list[str], command: str, own: dict[str, str] | None = None) -> Request:
     """Compose and check a request without importing torch.
 
@@ -68,7 +61,7 @@ def read_request(argv: list[str], command: str, own: dict[str, str] | None = Non
     ranks = ranks_from_environment()
     if not any(argument.lstrip("+").startswith("recipe=") for argument in overrides):
         if ranks.first:
-            print(recipe_listing(command), file=sys.stderr)
+            print(f"error: no recipe named; {command} takes one of\n{recipe_listing()}", file=sys.stderr)
         raise SystemExit(2)
     world = ranks.world
     if "world_size" in values:
