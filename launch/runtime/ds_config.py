@@ -107,8 +107,8 @@ def _optimizer(optimizer: OptimizerConfig, zero: ZeroConfig) -> dict[str, Any]:
         # torch's own Adam: the engine's FusedAdam is compiled at start and exists on CUDA only. The offloaded step
         # needs the engine's CPUAdam, which `torch_adam` would keep out in silence.
         params["torch_adam"] = not _offloads(zero)
-    if optimizer.fused is not None and not _offloads(zero):
-        params["fused"] = bool(optimizer.fused)  # handed through to the class of torch.optim
+    if optimizer.fused and not _offloads(zero):
+        params["fused"] = True  # handed through to torch.optim; false would switch its multi-tensor steps off too
     return {"type": TORCH_OPTIMIZERS.get(name, name), "params": params}
 
 

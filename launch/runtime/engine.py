@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from conf.batch import Layout
 from conf.schema import Config
+from launch.runtime.allocator import memory_goes_back, memory_stays
 from launch.runtime.schedule import lr_factor
-from launch.runtime.zero3 import memory_goes_back, shard_while_loading, sharder
+from launch.runtime.zero3 import shard_while_loading, sharder
 from recipes.base import Recipe
 from recipes.models.build import checkpoint_layers, compile_layers, from_pretrained, from_scratch
 
@@ -122,6 +123,8 @@ class Engine:
         self.ds.eval()
         recipe.adopt(self.ds.module)
         self.ds.train()
+        if device.type == "cpu":
+            memory_stays()
 
     @property
     def module(self) -> PreTrainedModel:

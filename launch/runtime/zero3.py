@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -31,25 +28,3 @@ def shard_while_loading(ds_config: dict[str, Any]) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
-
-
-M_MMAP_THRESHOLD = -3
-"""Parameter number of glibc's mallopt(3)."""
-
-
-@contextmanager
-def memory_goes_back() -> Iterator[None]:
-    """Freed blocks of 64 KiB and more return to the system at once.
-
-    glibc raises its mmap threshold to the size of what is freed (up to 32 MiB), so that whole layers come to lie on the
-    heap, and the small shards that stay between them keep all of it resident: four ranks that each hold a quarter of a
-    model showed the whole of it. Only while building: in training, page faults would cost more than they save.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**16)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 2**25)
