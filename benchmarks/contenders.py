@@ -84,12 +84,12 @@ def ours(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
     """launch/runtime as `launch/train.py` runs it, metrics.jsonl included; evaluation is kept out of the turns."""
     from launch.runtime import loop
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import Engine
+    from launch.runtime.engine import make_engine
     from launch.runtime.metrics import MetricsLog
 
     job.recipe.held_out = OneBatch(job.recipe.held_out, job.cfg.batch.micro_size * job.layout.data)
     engine_config = ds_config(job.cfg, job.layout, job.device.type)
-    engine = Engine(job.recipe, job.cfg, job.layout, engine_config, job.device, job.steps)
+    engine = make_engine(job.recipe, job.cfg, job.layout, engine_config, job.device, job.steps)
     metrics = MetricsLog(Path(tempfile.mkdtemp()) / "metrics.jsonl", []) if job.rank == 0 else None
 
     def log(row: dict[str, Any]) -> None:
@@ -198,10 +198,11 @@ def trainer(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
 
 def whole_model(job: Job, precision: str) -> Any:
     """The same initial weights for everyone, unsharded."""
-    from launch.runtime.engine import build_model
+    from launch.runtime.build import build
+    from launch.runtime.topology import topology
 
     plain = replace(job.cfg, zero=replace(job.cfg.zero, stage=0), precision=replace(job.cfg.precision, name=precision))
-    return build_model(job.recipe, plain, {}, job.device).to(job.device)
+    return build(job.recipe, plain, {}, job.device, topology(job.layout, job.rank)).model.to(job.device)
 
 
 def inputs(tensors: dict[str, Any]) -> dict[str, Any]:

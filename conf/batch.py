@@ -13,6 +13,16 @@ MOST_CANDIDATES = 64
 
 
 @dataclass(frozen=True)
+class Place:
+    """Coordinates of a rank in a layout, each counted from 0."""
+
+    pipeline: int
+    data: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """How the ranks of a run are divided. The product of the four degrees is `world`."""
 
@@ -29,6 +39,21 @@ class Layout:
     def factors(self) -> str:
         """`2 data × 1 tensor × 1 pipeline × 1 sequence`."""
         return f"{self.data} data × {self.tensor} tensor × {self.pipeline} pipeline × {self.sequence} sequence"
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters and average their gradients: data × sequence."""
+        return self.data * self.sequence
+
+    def place(self, rank: int) -> Place:
+        """Where a rank stands. Neighbours share a matrix first, then a sequence, then a batch, then a pipeline.
+
+        The order is that of DeepSpeed's `PipeModelDataParallelTopology`, with the sequence as part of its data axis.
+        """
+        rank, tensor = divmod(rank, self.tensor)
+        rank, sequence = divmod(rank, self.sequence)
+        pipeline, data = divmod(rank, self.data)
+        return Place(pipeline, data, sequence, tensor)
 
     @classmethod
     def of(cls, world: int, parallel: ParallelConfig) -> Layout:

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from conf import rules_data, rules_engine, rules_model, rules_optimizer, rules_run, rules_values, rules_zero
+from conf import (
+    rules_data,
+    rules_engine,
+    rules_model,
+    rules_optimizer,
+    rules_parallel,
+    rules_run,
+    rules_values,
+    rules_zero,
+)
 from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem
@@ -20,6 +29,7 @@ RULES: tuple[Rule, ...] = (
     *rules_run.RULES,
     *rules_optimizer.RULES,
     *rules_zero.RULES,
+    *rules_parallel.RULES,
     *rules_data.RULES,
     *rules_model.RULES,
     *rules_engine.RULES,

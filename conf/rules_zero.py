@@ -1,4 +1,4 @@
-"""Rules on ZeRO, offload, ZeRO++ and the other axes of parallelism (DeepSpeed 0.19.8: runtime/zero)."""
+"""Rules on ZeRO, offload and ZeRO++ (DeepSpeed 0.19.8: runtime/zero)."""
 
 from __future__ import annotations
 
@@ -103,28 +103,10 @@ def zero_plus(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
         yield Problem("zero.hpz_partition_size", str(size), rule, f"zero.hpz_partition_size={fitting}")
 
 
-def data_parallel_only(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """This version trains data-parallel only."""
-    for axis in ("tensor", "pipeline", "sequence"):
-        degree = getattr(cfg.parallel, axis)
-        if degree > 1:
-            rule = "this version trains data-parallel only"
-            yield Problem(f"parallel.{axis}", str(degree), rule, f"parallel.{axis}=1")
-
-
-def pipeline_stage(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """The pipeline engine takes ZeRO 0 and 1 (pipe/engine.py asserts it late)."""
-    if cfg.parallel.pipeline > 1 and cfg.zero.stage > 1:
-        rule = f"a pipeline (parallel.pipeline={cfg.parallel.pipeline}) needs ZeRO stage 0 or 1"
-        yield Problem("zero.stage", str(cfg.zero.stage), rule, "zero=stage1, or parallel.pipeline=1")
-
-
 RULES = (
     stage_fields,
     offload_stage,
     offload_optimizer,
     nvme,
     zero_plus,
-    data_parallel_only,
-    pipeline_stage,
 )

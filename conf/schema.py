@@ -208,11 +208,13 @@ class ParallelConfig:
     """Degrees of parallelism; the data degree is what is left of the world."""
 
     tensor: int = 1
-    """Ranks that share each matrix. Not in this version: 1."""
+    """Ranks that share each matrix."""
     pipeline: int = 1
-    """Stages that the layers are cut into. Not in this version: 1."""
+    """Stages that the layers are cut into."""
     sequence: int = 1
-    """Ranks that share each sequence. Not in this version: 1."""
+    """Ranks that share each sequence."""
+    pipeline_split: list[int] | None = None
+    """Layers of each pipeline stage; null: stages of equal cost, embedding and head included."""
 
 
 @dataclass

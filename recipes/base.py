@@ -78,6 +78,10 @@ class Recipe(ABC):
         """(supervised targets, real unpadded tokens) of a micro-batch: the loss's denominator and the throughput's."""
 
     @abstractmethod
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The arguments of the model's forward pass; on every pipeline stage."""
+
+    @abstractmethod
     def loss(self, model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum (not mean) of the loss over the supervised targets of a micro-batch, a scalar in fp32."""
 

@@ -61,7 +61,7 @@ class CausalLM(Recipe):
 
         whole = self.model_config()
         config = whole.get_text_config()
-        problems = check_buildable(self.hf_class(), whole)
+        problems = check_buildable(self.hf_class(), whole, self.cfg.model, self.cfg.parallel)
         if len(self.tokenizer) > config.vocab_size:
             problems.append(
                 Problem(
@@ -139,22 +139,32 @@ class CausalLM(Recipe):
 
         return int((batch["labels"] != IGNORE).sum()), int(batch["attended"].sum())
 
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        names = ("input_ids", "position_ids", "attention_mask")
+        return {**{name: batch[name] for name in names if name in batch}, "use_cache": False}
+
     def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         from torch.nn import functional as F
 
         from recipes.models.loss import IGNORE, cross_entropy, linear_cross_entropy, replaced_forward
 
         labels = batch["labels"]
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch} | {"use_cache": False}
+        inputs = self.inputs(batch)
         if not self._fused:
             logits = model(**inputs).logits
             return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
         supervised = labels != IGNORE
         targets, head = labels[supervised], self._head
         if self._head_is_last:
-            with replaced_forward(head, lambda h: linear_cross_entropy(h[supervised], head.weight, head.bias, targets)):
+            vocabulary = getattr(head, "vocabulary_shard", None)
+
+            def loss_in_head(hidden: torch.Tensor) -> torch.Tensor:
+                return linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets, vocabulary)
+
+            with replaced_forward(head, loss_in_head):
                 return model(**inputs).logits
-        with replaced_forward(head, lambda h: F.linear(h[supervised][None], head.weight, head.bias)):
+        logits_of = head.forward
+        with replaced_forward(head, lambda hidden: logits_of(hidden[supervised][None])):
             return cross_entropy(model(**inputs).logits[0], targets)
 
     def metrics(self, loss: float, supervised: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ STATES = {
 }  # fmt: skip
 """fp32 numbers per parameter that each optimizer keeps, momentum of sgd and rmsprop aside (see `optimizer_numbers`)."""
 
-LOSS_CHUNK = 2**22
+LOSS_CHUNK = 2**21
 """Logits at hand at once with `train.fused_loss`, elements (recipes/models/loss.py CHUNK_ELEMENTS)."""
 
 

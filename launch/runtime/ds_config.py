@@ -33,7 +33,7 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
     micro, accumulation = cfg.batch.micro_size, cfg.batch.accumulation
     assert micro and accumulation, "conf.compose fills in the batch"
     config: dict[str, Any] = {
-        "train_batch_size": micro * accumulation * layout.data,
+        "train_batch_size": micro * accumulation * layout.replicas,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "managed_gradient_accumulation": True,
@@ -63,6 +63,18 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
         "dump_state": False,
         "disable_python_gc": False,
     }
+    if layout.pipeline > 1:
+        config["pipeline"] = {
+            "stages": layout.pipeline,
+            "partition": "uniform",
+            "seed_layers": False,
+            # Layers are checkpointed inside a stage (recipes/models/build.py), not stages as a whole.
+            "activation_checkpoint_interval": 0,
+            "use_reentrant": False,
+            # Tensor ranks send a share of the hidden states each and gather them at the other end.
+            "pipe_partitioned": layout.tensor > 1,
+            "grad_partitioned": layout.tensor > 1,
+        }
     if "nvme" in (zero.offload_optimizer, zero.offload_param):
         config["aio"] = {
             "block_size": 2**20,

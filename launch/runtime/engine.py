@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import groups, safe_get_full_grad
 from torch import distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from conf.batch import Layout
+from conf.batch import Layout, sizes
+from conf.errors import RequestError
 from conf.schema import Config
-from launch.runtime.allocator import memory_goes_back, memory_stays
+from launch.runtime.allocator import memory_stays
+from launch.runtime.build import build
+from launch.runtime.pipeline import Clock, StageModule, Stages, nothing, watch
 from launch.runtime.schedule import lr_factor
-from launch.runtime.zero3 import shard_while_loading, sharder
+from launch.runtime.topology import topology
 from recipes.base import Recipe
-from recipes.models.build import checkpoint_layers, compile_layers, from_pretrained, from_scratch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "bf16_autocast": torch.float32}
-"""Parameter dtype of each `precision`."""
+from recipes.models.sequence_parallel import SequenceParallel
+from recipes.models.tensor_parallel import join
 
 NumpyBatch = Mapping[str, np.ndarray]
 
@@ -52,28 +54,6 @@ class StepResult:
     applied: bool
 
 
-def build_model(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """The recipe's model: whole on each rank, or under ZeRO-3 sharded block by block while it is built."""
-    stage3 = cfg.zero.stage == 3
-    dtype, attention = DTYPES[cfg.precision.name], cfg.model.attention
-    folder = recipe.weights()
-    with memory_goes_back() if stage3 else nullcontext():
-        if folder is not None:
-            keep_alive = shard_while_loading(ds_config) if stage3 else None
-            model = from_pretrained(recipe.hf_class(), folder, dtype=dtype, attention=attention)
-            del keep_alive
-        else:
-            place = sharder(ds_config) if stage3 else None
-            model = from_scratch(
-                recipe.hf_class(), recipe.model_config(),
-                seed=cfg.seed, dtype=dtype, device=device, attention=attention, place=place,
-            )  # fmt: skip
-    checkpoint_layers(model, cfg.train.activation_checkpointing)
-    if cfg.train.compile:
-        compile_layers(model)
-    return model
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for biases, norms and other vectors (as GPT-3 and Llama were trained)."""
 
@@ -90,56 +70,93 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Engine:
-    """A DeepSpeed engine with a token-weighted loss.
+    """A DeepSpeed engine with a token-weighted loss, in any layout.
 
     The engine averages over data ranks and micro-batches; a mean of means is wrong as soon as these supervise unequal
-    numbers of tokens. So losses are sums here, scaled by (data ranks / supervised targets of the global batch) before
+    numbers of tokens. So losses are sums here, scaled by (replicas / supervised targets of the global batch) before
     backward: what the engine averages is then exactly the gradient of the global mean, for every accumulation and
-    number of ranks.
+    layout.
     """
 
     def __init__(
         self, recipe: Recipe, cfg: Config, layout: Layout, ds_config: dict[str, Any], device: torch.device, steps: int
     ):
         self.recipe, self.layout, self.device = recipe, layout, device
-        self.accumulation = cfg.batch.accumulation
+        self.accumulation = sizes(cfg.batch)[2]
         self._stage = cfg.zero.stage
         # deepspeed 0.19.8: from stage 1 on the norm it reports for Muon is that of the orthogonalised update.
         self._norm_is_of_update = cfg.optimizer.name.lower() == "muon" and cfg.zero.stage > 0
         self._dynamic_scale = cfg.precision.name == "fp16" and cfg.precision.loss_scale == 0
-        model = build_model(recipe, cfg, ds_config, device)
+        self.topology = topology(layout, dist.get_rank())
+        self._built = build(recipe, cfg, ds_config, device, self.topology)
+        self._sequence: SequenceParallel | None = None
+        module = self._wrap()
         schedule = cfg.scheduler
 
         def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
             return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(schedule, step, steps))
 
+        # deepspeed 0.19.8 keeps the last engine's: a second run in this process (a notebook) would take it for its own.
+        groups.mpu = None
         self.ds, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model, cfg.optimizer.weight_decay),
+            model=module,
+            model_parameters=parameter_groups(module, cfg.optimizer.weight_decay),
             config=ds_config,
             lr_scheduler=scheduler,
+            mpu=self.topology.grid,
             dist_init_required=False,
         )
         self.ds.eval()
-        recipe.adopt(self.ds.module)
+        self._adopt()
         self.ds.train()
+        if self.topology.sequence is not None:  # after the recipe has looked at the model alone
+            self._sequence = SequenceParallel(self.module, self.topology.sequence)
         if device.type == "cpu":
             memory_stays()
 
+    def _wrap(self) -> nn.Module:
+        """What DeepSpeed is given."""
+        return self._built.model
+
+    def _adopt(self) -> None:
+        """Let the recipe look at the model; what it refuses on one rank is refused on all."""
+        problem = None
+        try:
+            self.recipe.adopt(self.module)
+        except RequestError as error:
+            problem = error
+        if self.layout.pipeline > 1:
+            answers: list[RequestError | None] = [None] * self.layout.world
+            dist.all_gather_object(answers, problem)
+            problem = next((answer for answer in answers if answer is not None), None)
+        if problem is not None:
+            raise problem
+
     @property
     def module(self) -> PreTrainedModel:
-        """The Hugging Face model; its parameters may be shards (ZeRO-3)."""
-        return cast("PreTrainedModel", self.ds.module)
+        """The Hugging Face model; its parameters may be shards, its layers those of one stage."""
+        return self._built.model
 
     def _tensors(self, batch: NumpyBatch) -> dict[str, torch.Tensor]:
-        return {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in batch.items()}
+        """A micro-batch on the device; of a sequence that several ranks share, this rank's part."""
+        tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in batch.items()}
+        return self._sequence.split(tensors) if self._sequence is not None else tensors
 
     def _sum(self, *values: float | torch.Tensor) -> list[float]:
-        """Sum of each value over the data ranks, in fp64 (losses of millions of tokens, exact counts)."""
+        """Sum of each value over all ranks, in fp64 (losses of millions of tokens, exact counts)."""
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
-        if self.layout.data > 1:
+        if self.layout.world > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def _sum_losses(self, loss: torch.Tensor) -> float:
+        """The loss of the whole batch: ranks that have the same tokens count once."""
+        return self._sum(loss if self.topology.counts else torch.zeros_like(loss))[0]
+
+    def _sum_counts(self, supervised: int, tokens: int) -> list[float]:
+        """(supervised, real) tokens of the whole batch, from what each rank read: whole sequences."""
+        once = self.topology.counts and self.topology.place.sequence == 0
+        return self._sum(supervised * once, tokens * once)
 
     def train_step(
         self, micro_batches: Sequence[NumpyBatch], inspect: Callable[[Engine], None] | None = None
@@ -150,25 +167,23 @@ class Engine:
         Raises NonFiniteError before the weights change.
         """
         counts = np.sum([self.recipe.count(batch) for batch in micro_batches], axis=0)
-        supervised, tokens = self._sum(*counts.tolist())
+        supervised, tokens = self._sum_counts(*counts.tolist())
         if not supervised:
             raise NonFiniteError("no target in the whole global batch is supervised: its mean loss does not exist")
-        scale = self.layout.data / supervised
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
         lr = self.ds.get_lr()[0]
-        for index, batch in enumerate(micro_batches):
-            partial = self.recipe.loss(self.ds, self._tensors(batch))
-            loss += partial.detach()
-            self.ds.backward(partial * scale, scale_wrt_gas=False)
-            if index < len(micro_batches) - 1:
-                self.ds.step()  # counts the micro-batch; the update waits for the last one
-        (total,) = self._sum(loss)
-        if not np.isfinite(total):
-            raise NonFiniteError(f"loss is {total}" + ("" if torch.isfinite(loss) else " (on this rank)"))
-        if inspect is not None:
-            inspect(self)
-        norm = self._norm_without_zero() if self._stage == 0 and self._is_plain else None
-        self.ds.step()
+        norm: float | None = None
+        total = 0.0
+
+        def before_update(loss: torch.Tensor) -> None:
+            nonlocal norm, total
+            total = self._sum_losses(loss)
+            if not np.isfinite(total):
+                raise NonFiniteError(f"loss is {total}" + ("" if torch.isfinite(loss) else " (on this rank)"))
+            if inspect is not None:
+                inspect(self)
+            norm = self._norm_without_zero() if self._stage == 0 and self._is_plain else None
+
+        self._run(micro_batches, self.layout.replicas / supervised, before_update)
         if norm is None:
             norm = float(self.ds.get_global_grad_norm())
         applied = not getattr(self.ds.optimizer, "overflow", False)
@@ -177,6 +192,20 @@ class Engine:
         grad_norm = None if self._norm_is_of_update else norm
         return StepResult(total / supervised, grad_norm, lr, int(tokens), int(supervised), applied)
 
+    def _run(
+        self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
+    ) -> None:
+        """All micro-batches and the update; `before_update` gets this rank's summed loss in between."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(micro_batches):
+            partial = self.recipe.loss(self.ds, self._tensors(batch))
+            loss += partial.detach()
+            self.ds.backward(partial * scale, scale_wrt_gas=False)
+            if index < len(micro_batches) - 1:
+                self.ds.step()  # counts the micro-batch; the update waits for the last one
+        before_update(loss)
+        self.ds.step()
+
     @property
     def _is_plain(self) -> bool:
         """Stage 0 in fp32: the torch optimizer itself, with no wrapper that measures or checks the gradient."""
@@ -184,44 +213,80 @@ class Engine:
 
     def _norm_without_zero(self) -> float:
         # deepspeed 0.19.8: at stage 0 in fp32 nobody checks for inf or nan, and the norm is not kept.
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        mine = [p.grad for p in self.module.parameters() if p.grad is not None and self._counts_in_norm(p)]
+        norm = float(torch.nn.utils.get_total_norm(mine)) if mine else 0.0
+        if self.layout.tensor * self.layout.pipeline > 1:
+            norm = float(np.sqrt(self._sum(norm**2)[0] / self.layout.replicas))
         if not np.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm}")
         return norm
 
-    def eval_step(self, batch: NumpyBatch) -> tuple[torch.Tensor, int]:
-        """(summed loss, supervised targets) of a micro-batch on this rank. All ranks must call it equally often."""
+    def _counts_in_norm(self, parameter: nn.Parameter) -> bool:
+        """Each element once: whole parameters on one tensor rank, a tied copy not at all."""
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return hasattr(parameter, "tensor_cut") or self.topology.place.tensor == 0
+
+    def eval_step(self, batch: NumpyBatch) -> torch.Tensor:
+        """Summed loss of a micro-batch on this rank. All ranks must call it equally often."""
         with torch.no_grad():
-            loss = self.recipe.loss(self.ds, self._tensors(batch))
-        return loss, self.recipe.count(batch)[0]
+            return self.recipe.loss(self.ds, self._tensors(batch))
 
     def evaluate(self, micro_batches: Iterator[NumpyBatch]) -> dict[str, float]:
         """Metrics over all ranks' micro-batches, each weighted by what it supervises."""
         self.ds.eval()
         loss, supervised = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in micro_batches:
-            partial, count = self.eval_step(batch)
-            loss += partial
-            supervised += count
+        for batches in self._evaluated(micro_batches):
+            loss += self._eval_losses(batches)
+            supervised += sum(self.recipe.count(batch)[0] for batch in batches)
         self.ds.train()
-        total, rows = self._sum(loss, supervised)
+        total, rows = self._sum_losses(loss), self._sum_counts(supervised, 0)[0]
         return self.recipe.metrics(total / max(1.0, rows), int(rows))
 
+    def _evaluated(self, micro_batches: Iterator[NumpyBatch]) -> Iterator[list[NumpyBatch]]:
+        """Micro-batches in the groups that are evaluated at once."""
+        for batch in micro_batches:
+            yield [batch]
+
+    def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
+        return sum((self.eval_step(batch) for batch in batches), torch.zeros((), device=self.device))
+
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole gradient in fp32) of each parameter; a collective call, valid inside `inspect`."""
+        """(Hugging Face name, whole gradient in fp32) of each parameter of this rank's stage.
+
+        A collective call, valid inside `inspect`.
+        """
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                yield (
-                    name,
-                    safe_get_full_grad(parameter).float().reshape(getattr(parameter, "ds_shape", parameter.shape)),
-                )
+                gradient = safe_get_full_grad(parameter).float()
+                yield name, self._whole(parameter, gradient.reshape(getattr(parameter, "ds_shape", parameter.shape)))
 
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole parameter) one by one; a collective call, nothing is kept gathered."""
+    def tensors(self) -> dict[str, int]:
+        """Hugging Face names of the whole model's parameters and saved buffers → bytes; a collective call."""
+        return self._own_tensors()
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of all `tensors()`, in their order, one by one; a collective call.
+
+        The tensor is good on rank 0. Nothing is kept gathered.
+        """
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                yield name, parameter.detach()
+                yield name, self._whole(parameter, parameter.detach())
+        yield from persistent_buffers(self.module)
+
+    def _own_tensors(self) -> dict[str, int]:
+        """The same of this rank's stage."""
+        sizes = {}
+        for name, parameter in self.module.named_parameters():
+            cut = getattr(parameter, "tensor_cut", None)
+            numel = math.prod(cut.whole) if cut else getattr(parameter, "ds_numel", parameter.numel())
+            sizes[name] = numel * parameter.element_size()
+        return sizes | {name: buffer.nbytes for name, buffer in persistent_buffers(self.module)}
+
+    def _whole(self, parameter: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """The whole tensor from the tensor ranks' shares of it."""
+        return join(parameter, share, self.topology.tensor)
 
     def peak_memory_bytes(self) -> int:
         """Most device memory this rank has held (CUDA: allocator peak; CPU: resident set)."""
@@ -229,3 +294,115 @@ class Engine:
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, buffer) of the buffers that belong into a saved model."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+class StagedEngine(Engine):
+    """The same for a pipeline: each rank has the layers of one stage, and micro-batches pass through them in 1F1B."""
+
+    def _wrap(self) -> nn.Module:
+        def build_stage() -> StageModule:
+            return StageModule(self._built, self.recipe.loss, self.recipe.inputs)
+
+        self._stages = Stages(build_stage, self.topology)
+        return self._stages
+
+    def _run(
+        self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
+    ) -> None:
+        if self._clock is None:
+            self._clock = Clock(self.device)
+            watch(self.ds, self._clock, lambda: self._before_update())
+        # The engine divides by the accumulation; the last stage's loss is scaled up by it.
+        self._stages.own.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
+        self._before_update = lambda: before_update(self._partial(scale * self.accumulation))
+        self._clock.reset()
+        self._expect(micro_batches[0])
+        self.ds.train_batch(nothing())
+
+    def _partial(self, scale: float) -> torch.Tensor:
+        if not self._built.last:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack(self.ds.fwd_outputs).double().sum() / scale
+
+    _clock: Clock | None = None
+    _before_update: Callable[[], None]
+    _shape: tuple[int, ...] | None = None
+
+    def _expect(self, batch: NumpyBatch) -> None:
+        """The engine exchanges shapes once; other micro-batches than the last ones (in evaluation) need it again."""
+        shape = next(iter(batch.values())).shape
+        if shape != self._shape:
+            self.ds.reset_activation_shape()
+        self._shape = shape
+
+    def _evaluated(self, micro_batches: Iterator[NumpyBatch]) -> Iterator[list[NumpyBatch]]:
+        at_once = max(self.accumulation, 4 * self.layout.pipeline)
+        while batches := list(itertools.islice(micro_batches, at_once)):
+            yield batches
+
+    def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
+        self._expect(batches[0])
+        self._stages.own.start([self._tensors(batch) for batch in batches], 1.0)
+        losses = self.ds.eval_batch(nothing(), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        if not self._built.last:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack(losses).double().sum()
+
+    def tensors(self) -> dict[str, int]:
+        return {name: size for name, (size, _) in self._all_tensors().items()}
+
+    def _all_tensors(self) -> dict[str, tuple[int, int]]:
+        """Name → (bytes, the first stage that has it), in the order of the stages."""
+        answers: list[tuple[int, dict[str, int]]] = [(0, {})] * self.layout.world
+        dist.all_gather_object(answers, (self.topology.place.pipeline, self._own_tensors()))
+        found: dict[str, tuple[int, int]] = {}
+        for stage, tensors in sorted(answers, key=lambda answer: answer[0]):
+            found |= {name: (size, stage) for name, size in tensors.items() if name not in found}
+        return found
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        # One replica of the pipeline works; the other ones would send the same.
+        place = self.topology.place
+        works, first = place.data == place.sequence == 0, self.topology.rank == 0
+        own = {**dict(self.module.named_parameters()), **dict(persistent_buffers(self.module))}
+        for name, (_, stage) in self._all_tensors().items():
+            value = torch.empty(0)
+            if works and place.pipeline == stage:
+                value = self._whole(own[name], own[name].detach())
+                if stage > 0 and place.tensor == 0:
+                    self._send(value)
+            elif first:
+                value = self._receive(self.topology.axes.get_rank(pipe=stage, data=0, model=0))
+            yield name, value
+
+    def _send(self, value: torch.Tensor) -> None:
+        dist.send_object_list([(tuple(value.shape), value.dtype)], dst=0, device=self.device)
+        dist.send(value.contiguous(), dst=0)
+
+    def _receive(self, source: int) -> torch.Tensor:
+        described: list[Any] = [None]
+        dist.recv_object_list(described, src=source, device=self.device)
+        shape, dtype = described[0]
+        value = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.recv(value, src=source)
+        return value
+
+    def bubble(self) -> float | None:
+        """Measured idle share of this stage in the last step."""
+        return self._clock.bubble() if self._clock is not None else None
+
+
+def make_engine(
+    recipe: Recipe, cfg: Config, layout: Layout, ds_config: dict[str, Any], device: torch.device, steps: int
+) -> Engine:
+    """The engine of a layout."""
+    kind = StagedEngine if layout.pipeline > 1 else Engine
+    return kind(recipe, cfg, layout, ds_config, device, steps)

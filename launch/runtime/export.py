@@ -18,8 +18,6 @@ from safetensors.torch import save_file
 from conf.errors import Problem, RequestError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from launch.runtime.engine import Engine
     from recipes.base import Recipe
 
@@ -38,10 +36,6 @@ def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_byte
     from transformers.core_model_loading import revert_weight_conversion
 
     model = engine.module
-    buffers = dict(_persistent_buffers(model))
-    sizes = {name: p.element_size() * getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    sizes |= {name: buffer.nbytes for name, buffer in buffers.items()}
-    stream = itertools.chain(engine.parameters(), buffers.items())
 
     def describe(scratch: Path) -> None:
         config = model.config
@@ -52,7 +46,10 @@ def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_byte
             model.generation_config.save_pretrained(scratch)
         recipe.save_processor(scratch)
 
-    _write(stream, sizes, folder, describe, lambda held: revert_weight_conversion(model, held), first, shard_bytes)
+    def rename(held: Tensors) -> Tensors:
+        return revert_weight_conversion(model, held)
+
+    _write(engine.stream(), engine.tensors(), folder, describe, rename, first, shard_bytes)
 
 
 def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -162,10 +159,3 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
         shards[-1].extend(names)
         room -= size
     return shards
-
-
-def _persistent_buffers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield (f"{prefix}.{name}" if prefix else name), buffer

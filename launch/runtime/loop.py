@@ -19,20 +19,20 @@ Row = dict[str, Any]
 
 
 def sample_indices(step: int, rank: int, cfg: Config, layout: Layout) -> list[range]:
-    """Global sample indices of each micro-batch of one data rank. Step s takes [s·G, (s+1)·G), whatever the layout."""
+    """Global sample indices of the micro-batches of data rank `rank`. Step s takes [s·G, (s+1)·G) in every layout."""
     global_size, micro, accumulation = sizes(cfg.batch)
     firsts = [step * global_size + (m * layout.data + rank) * micro for m in range(accumulation)]
     return [range(first, first + micro) for first in firsts]
 
 
 def training_batches(step: int, rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> list[dict[str, np.ndarray]]:
-    """This rank's micro-batches of optimizer step `step`."""
+    """The micro-batches of data rank `rank` in optimizer step `step`."""
     parts = sample_indices(step, rank, cfg, layout)
     return [recipe.collate([recipe.train.row(i) for i in part], len(part)) for part in parts]
 
 
 def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> Iterator[dict[str, np.ndarray]]:
-    """This rank's share of the held-out rows, each row on exactly one rank; ranks out of rows get empty ones.
+    """The share of data rank `rank` in the held-out rows, each row on exactly one; out of rows, empty ones.
 
     Every rank yields equally many micro-batches: under ZeRO-3 a forward pass is a collective call.
     """
@@ -65,10 +65,11 @@ def run(
     indices, before a bad update reaches the weights.
     """
     outcome = Outcome(steps, 0)
+    data_rank = layout.place(rank).data
 
     def evaluate(step: int) -> dict[str, float]:
         started = time.perf_counter()
-        metrics = engine.evaluate(held_out_batches(rank, recipe, cfg, layout))
+        metrics = engine.evaluate(held_out_batches(data_rank, recipe, cfg, layout))
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteError(f"after step {step}: the held-out loss is {metrics['loss']}; no model is exported")
         log({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
@@ -78,9 +79,9 @@ def run(
     for step in range(steps):
         started = time.perf_counter()
         try:
-            result = engine.train_step(training_batches(step, rank, recipe, cfg, layout))
+            result = engine.train_step(training_batches(step, data_rank, recipe, cfg, layout))
         except NonFiniteError as error:
-            samples = [list(part) for part in sample_indices(step, rank, cfg, layout)]
+            samples = [list(part) for part in sample_indices(step, data_rank, cfg, layout)]
             raise NonFiniteError(
                 f"step {step + 1}, rank {rank}: {error}; this rank's sample indices: {samples}. "
                 "The weights are those of the step before."

@@ -90,7 +90,7 @@ def _train(
     terminal: Terminal,
 ) -> dict[str, Any]:
     from launch.runtime import loop
-    from launch.runtime.engine import Engine
+    from launch.runtime.engine import make_engine
     from launch.runtime.export import export
     from launch.runtime.plots import plot_loss
 
@@ -98,7 +98,7 @@ def _train(
     if first:
         run_dir.write_text("config.yaml", to_yaml(cfg))
         run_dir.write_json("ds_config.json", engine_config)
-    engine = Engine(recipe, cfg, layout, engine_config, device, steps)
+    engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
     metrics = MetricsLog(run_dir.metrics, trackers) if first else None
     bar = Bar(terminal, "training", steps)

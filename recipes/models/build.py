@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from conf.errors import Problem, RequestError, did_you_mean
+from conf.schema import ModelConfig, ParallelConfig
 
 OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Taken by transformers 5 and kept under other names."""
 
 Place = Callable[[list[nn.Parameter]], None]
-"""Called with a block's parameters once they are whole and final; may shard them (ZeRO-3)."""
+"""Called with a block's parameters once they are whole and final; may shard them (tensor parallelism, ZeRO-3)."""
+Divide = Callable[[PreTrainedModel], None]
+"""Called with the model on the meta device; may cut it down to a pipeline stage and mark what is to be sharded."""
 
 
 def package_folder(path: str) -> Path | None:
@@ -57,14 +63,18 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
         raise RequestError(_refused(model_type, error)) from None
 
 
-def check_buildable(hf_class: Any, config: PretrainedConfig) -> list[Problem]:
-    """What keeps a model of this configuration from being built, shown on the meta device: no memory, no weights."""
+def check_buildable(
+    hf_class: Any, config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
+) -> list[Problem]:
+    """What keeps a model from being built and divided as asked, shown on the meta device: no memory, no weights."""
+    from recipes.models.layouts import problems
+
     try:
         with torch.device("meta"):
-            hf_class.from_config(config)
+            network = hf_class.from_config(config, attn_implementation=model.attention)
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [_refused(config.model_type, error)]
-    return []
+    return problems(network, parallel)
 
 
 def _near(key: str, names: set[str]) -> str:
@@ -114,6 +124,17 @@ def _materialise(module: nn.Module, device: torch.device, recurse: bool) -> None
                 setattr(child, name, fresh)
 
 
+def on_meta(hf_class: Any, config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """A model whose parameters have shapes and no memory.
+
+    Its buffers (rotary frequencies, causal masks) are computed for real: small, and not every family can redo them.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
 def from_scratch(
     hf_class: Any,
     config: PretrainedConfig,
@@ -122,22 +143,19 @@ def from_scratch(
     dtype: torch.dtype,
     device: torch.device,
     attention: str | None,
+    divide: Divide | None = None,
     place: Place | None = None,
 ) -> PreTrainedModel:
     """A new model with the family's own initialisation.
 
     Built on the meta device and filled block by block; each block draws from a generator seeded by (seed, its name),
-    so the values depend neither on the layout nor on the order. `place` is called after each block and may shard it:
-    no more than one whole block is ever in memory.
+    so the values depend neither on the layout nor on the order. `divide` is called before anything is filled, `place`
+    after each block; it may shard the block: no more than one whole block is ever in memory.
     """
-    from accelerate import init_empty_weights
-
-    # Buffers (rotary frequencies, causal masks) are computed for real: small, and not every family can redo them.
-    with init_empty_weights(include_buffers=False):
-        model = hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
-    tied = (
-        set(model.get_expanded_tied_weights_keys(all_submodels=True)) if hasattr(model, "all_tied_weights_keys") else ()
-    )
+    model = on_meta(hf_class, config, dtype=dtype, attention=attention)
+    tied = set(model.all_tied_weights_keys)
+    if divide is not None:
+        divide(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         for name, block in blocks(model):
             whole = name.rpartition(".")[2].isdigit()
@@ -151,20 +169,82 @@ def from_scratch(
                 model._initialize_weights(module)
             if place is not None:
                 place([parameter for _, parameter in block.named_parameters(recurse=whole)])
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # a stage without a head has nothing to tie
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise RuntimeError(f"{type(model).__name__}: parameters without memory after building: {left[:5]}")
-    return model.to(device) if device.type != "cpu" and place is None else model
+    return model.to(device) if device.type != "cpu" and place is None else model  # type: ignore[arg-type]
 
 
-def from_pretrained(hf_class: Any, folder: Path, *, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    """A model with the weights of `folder` (safetensors; never pickles of strangers, never their code)."""
-    model = hf_class.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
-    )
-    model.config.use_cache = False
+def from_pretrained(
+    hf_class: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    divide: Divide | None = None,
+    place: Place | None = None,
+) -> PreTrainedModel:
+    """A model with the weights of `folder` (safetensors; never pickles of strangers, never their code).
+
+    With `divide` or `place` it is filled layer by layer, from the tensors that this rank's part needs: no more than one
+    whole layer is ever in memory. Raises RequestError when weights are missing.
+    """
+    if divide is None and place is None:
+        model = hf_class.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
+        )
+        model.config.use_cache = False
+        return model
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.use_cache = False
+    model = on_meta(hf_class, config, dtype=dtype, attention=attention)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if divide is not None:
+        divide(model)
+    _fill(model, folder, device, place)
+    model.tie_weights(recompute_mapping=False)
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise RequestError(Problem("model.path", str(folder), f"its weights lack {', '.join(left[:3])}"))
     return model
+
+
+def _fill(model: PreTrainedModel, folder: Path, device: torch.device, place: Place | None) -> None:
+    """Load the tensors that `model` has parameters for, a layer at a time, under transformers' own renaming rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    # transformers puts a new Parameter in place of each: what was marked on the old one must follow.
+    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    dtype = next(model.parameters()).dtype
+    settings = LoadStateDictConfig(
+        dtype=dtype,
+        device_map={"": device},
+        weight_mapping=list(get_model_conversion_mapping(model)),  # type: ignore[arg-type]
+    )
+    waiting = set(marks)
+    with ExitStack() as stack:
+        groups: dict[str, dict[str, Any]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors = stack.enter_context(safe_open(file, framework="pt"))
+            for key in tensors.keys():  # noqa: SIM118 - not a dictionary
+                layer = re.match(r"(.*?\.\d+)\.", key)
+                groups.setdefault(layer.group(1) if layer else key, {})[key] = tensors.get_slice(key)
+        for group in groups.values():
+            convert_and_load_state_dict_in_model(model, group, settings)
+            loaded = [
+                (name, parameter) for name, parameter in model.named_parameters()
+                if name in waiting and not parameter.is_meta
+            ]  # fmt: skip
+            for name, parameter in loaded:
+                waiting.discard(name)
+                vars(parameter).update(marks[name])
+            if place is not None:
+                place([parameter for _, parameter in loaded])
 
 
 def checkpoint_layers(model: PreTrainedModel, every: int) -> None:
@@ -174,9 +254,12 @@ def checkpoint_layers(model: PreTrainedModel, every: int) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index % every == 0
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    for index, (name, layer) in enumerate(layers):
+        number = name.rpartition(".")[2]  # a pipeline stage does not begin at the first layer
+        layer.gradient_checkpointing = (int(number) if number.isdigit() else index) % every == 0
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from recipes.models.collectives import RankGroup
+
 IGNORE = -100
 CHUNK_ELEMENTS = 2**21
 """Logits at hand at once (elements): 8 MiB in fp32, which stays in a CPU's cache."""
@@ -28,27 +30,63 @@ def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + size, positions))
 
 
-def _loss_and_exponentials(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class Vocabulary:
+    """The columns of the logits that are at hand: all `size` of them, or the share of one of `ranks`."""
+
+    def __init__(self, size: int, ranks: RankGroup | None = None):
+        self._ranks = ranks
+        share = ranks.part(size) if ranks is not None else slice(0, size)
+        self._start, self._columns = share.start, share.stop - share.start
+        self.widest = -(-size // ranks.size) if ranks is not None else size
+        """Columns of the largest share: all ranks must go through equally many chunks."""
+
+    def inside(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(column of each label, or 0; 1.0 where the label is among the columns at hand)."""
+        local = labels - self._start
+        here = (local >= 0) & (local < self._columns)
+        return local.masked_fill(~here, 0), here.float()
+
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over all columns, from that of the columns at hand; in place."""
+        if self._ranks is not None:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._ranks.group)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all columns, from that of the columns at hand; in place."""
+        if self._ranks is not None:
+            torch.distributed.all_reduce(values, group=self._ranks.group)
+        return values
+
+
+def _loss_and_exponentials(
+    logits: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(summed loss of one chunk, sums of its exponentials (n, 1)). The fp32 logits become their exponentials in place:
     one pass of exp serves the loss and the gradient."""
-    picked = logits.gather(-1, labels[:, None])
-    top = logits.amax(dim=-1, keepdim=True)
+    column, here = vocabulary.inside(labels)
+    picked = logits.gather(-1, column[:, None]) * here[:, None]
+    top = vocabulary.largest(logits.amax(dim=-1, keepdim=True))
     total = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    total, picked = vocabulary.sum(torch.stack([total, picked])).unbind(0)
     return (total.log() + top - picked).sum(), total
 
 
-def _gradient_in_place(exponentials: torch.Tensor, total: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _gradient_in_place(
+    exponentials: torch.Tensor, total: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary
+) -> torch.Tensor:
     """d loss / d logits of one chunk, in the memory of its exponentials."""
     gradient = exponentials.div_(total)
-    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+    column, here = vocabulary.inside(labels)
+    gradient[torch.arange(len(labels), device=labels.device), column] -= here
     return gradient
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(hidden NH, weight VH, bias V or None, labels N) -> summed loss, scalar fp32."""
+    """(hidden NH, weight VH, bias V or None, labels N) -> summed loss, scalar fp32; V is that of `vocabulary`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):
+    def forward(ctx, hidden, weight, bias, labels, vocabulary):
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = []
@@ -57,15 +95,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             fp32 = {"dtype": torch.float32, "device": weight.device}
             gradients = [torch.empty_like(hidden), torch.zeros(weight.shape, **fp32)]
             gradients += [torch.zeros(bias.shape, **fp32)] if bias is not None else []
-        for part in _chunks(len(labels), len(weight)):
+        for part in _chunks(len(labels), vocabulary.widest):
             h_NH = hidden[part]
             logits = torch.nn.functional.linear(h_NH, weight, bias)
             dtype = logits.dtype  # under autocast not that of the weight
             logits = logits.float()
-            partial, total = _loss_and_exponentials(logits, labels[part])
+            partial, total = _loss_and_exponentials(logits, labels[part], vocabulary)
             loss += partial
             if wanted:
-                d_logits = _gradient_in_place(logits, total, labels[part])
+                d_logits = _gradient_in_place(logits, total, labels[part], vocabulary)
                 d = d_logits.to(dtype)
                 gradients[0][part] = d @ weight.to(dtype)
                 if dtype == torch.float32:
@@ -74,6 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     gradients[1] += d.t() @ h_NH.to(dtype)
                 if bias is not None:
                     gradients[2] += d_logits.sum(0)
+        if wanted:
+            vocabulary.sum(gradients[0])
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [t.dtype for t in (hidden, weight, bias) if t is not None]
         return loss
@@ -82,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         # In place: each gradient is used once, and the weight's is as large as the weight.
         gradients = [g.mul_(d_loss).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (*gradients, *[None] * (4 - len(gradients)))
+        return (*gradients, *[None] * (5 - len(gradients)))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -91,13 +131,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels):
         loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+        whole = Vocabulary(logits.shape[-1])
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(labels), logits.shape[-1]):
             chunk = logits[part].to(torch.float32, copy=True)  # a copy also in fp32: the gradient overwrites it
-            partial, total = _loss_and_exponentials(chunk, labels[part])
+            partial, total = _loss_and_exponentials(chunk, labels[part], whole)
             loss += partial
             if gradient is not None:
-                gradient[part] = _gradient_in_place(chunk, total, labels[part])
+                gradient[part] = _gradient_in_place(chunk, total, labels[part], whole)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -108,13 +149,19 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    vocabulary: Vocabulary | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of `hidden @ weight.T + bias` against `labels`, without holding the logits.
 
     hidden (N, H), weight (V, H), bias (V,) or None, labels (N,) in [0, V). Returns an fp32 scalar; 0 for N = 0.
+    With a `vocabulary` cut over tensor ranks, weight and bias are this rank's rows (Megatron-LM, section 3), labels
+    count in the whole vocabulary, and every rank returns the whole loss.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary or Vocabulary(len(weight)))
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

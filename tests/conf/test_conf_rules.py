@@ -18,6 +18,7 @@ LAYOUT = Layout(world=2, data=2)
 ADAGRAD = ("optimizer=adagrad",)
 ONE = "[{kind: stdlib}]"
 TWO = "[{kind: stdlib}, {kind: stdlib, weight: 2}]"
+PP = "parallel=pipeline"
 JSONL = ("data=jsonl", "data.path=rows.jsonl")
 PRETRAINED = ("model=pretrained", "model.path=./whole")
 
@@ -107,10 +108,18 @@ CASES = [
     (["zero=stage3_plus"], "zero.hpz_partition_size", ["zero=stage3_plus", "zero.hpz_partition_size=2"], GPU),
     (["zero=stage2", "zero.quantized_weights=true"], "zero.quantized_weights",
      ["zero=stage3", "zero.quantized_weights=true"], GPU),
-    (["parallel.tensor=2"], "parallel.tensor", ["parallel.tensor=1"], CPU),
-    (["parallel.sequence=2"], "parallel.sequence", ["parallel=data"], CPU),
-    (["parallel.pipeline=2", "zero=stage2"], "zero.stage", ["zero=stage2"], CPU),
-    (["parallel.pipeline=2"], "parallel.pipeline", ["parallel.pipeline=1"], CPU),
+    # rules_parallel
+    (["parallel.pipeline=2", "zero=stage2"], "zero.stage", ["parallel.pipeline=2"], CPU),
+    (["parallel.pipeline_split=[1,3]"], "parallel.pipeline_split", [PP, "parallel.pipeline_split=[1,3]"], CPU),
+    ([PP, "parallel.pipeline_split=[1,2,1]"], "parallel.pipeline_split", [PP, "parallel.pipeline_split=[1,3]"], CPU),
+    ([PP, "parallel.pipeline_split=[0,4]"], "parallel.pipeline_split", [PP, "parallel.pipeline_split=[2,2]"], CPU),
+    (["parallel=sequence", "data.seq_length=255"], "data.seq_length", ["parallel=sequence"], CPU),
+    (["parallel=tensor", "optimizer=muon", "optimizer.gradient_clipping=0"], "optimizer.name", ["parallel=tensor"],
+     CPU),
+    ([PP, "train.compile=true"], "train.compile", ["train.compile=true"], CPU),
+    ([PP, "zero.offload_optimizer=cpu"], "zero.offload_optimizer", ["zero=stage2", "zero.offload_optimizer=cpu"], CPU),
+    (["parallel=tensor", "zero=stage3", "zero.quantized_weights=true"], "zero.quantized_weights",
+     ["parallel=tensor", "zero=stage3"], GPU),
     (["parallel.tensor=3"], "parallel.tensor", [], CPU),
     # rules_data
     (["data=text"], "data.path", ["data=text", "data.path=notes.txt"], CPU),

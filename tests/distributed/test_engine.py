@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
     """(engine, recipe, cfg, layout) of a tiny run; `changes` are `section__field=value`."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import Engine
+    from launch.runtime.engine import make_engine
 
     cfg = tiny_config(8 // world // accumulation, accumulation, world)
     cfg.zero.stage, cfg.zero.param_persistence_threshold = stage, 0
@@ -29,7 +29,7 @@ def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
     layout = Layout.of(world, cfg.parallel)
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
-    return Engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 5), recipe, cfg, layout
+    return make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 5), recipe, cfg, layout
 
 
 def step_losses(rank: int, world: int, options: list[dict]) -> list[list[float]]:
@@ -133,14 +133,14 @@ def poisoned(rank: int, world: int, stage: int, precision: str, where: str) -> t
     bad = Poisoned(cfg)
     bad.__dict__.update(recipe.__dict__)
     bad.where = where
-    before = {name: copy.deepcopy(value) for name, value in engine.parameters()}
+    before = {name: copy.deepcopy(value) for name, value in engine.stream()}
     engine.recipe = bad
     try:
         loop.run(engine, bad, cfg, layout, rank, 2, lambda row: None)
         message = ""
     except NonFiniteError as error:
         message = str(error)
-    return message, all(torch.equal(before[name], value) for name, value in engine.parameters())
+    return message, all(torch.equal(before[name], value) for name, value in engine.stream())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

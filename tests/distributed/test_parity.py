@@ -25,7 +25,7 @@ RELATIVE = 1e-5
 def engine_run(rank: int, world: int, combinations: list[tuple]) -> dict:
     """Losses, norms and gradients of STEPS steps for each (stage, accumulation, checkpointing, model overrides)."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import Engine
+    from launch.runtime.engine import make_engine
     from launch.runtime.loop import training_batches
 
     results = {}
@@ -36,7 +36,7 @@ def engine_run(rank: int, world: int, combinations: list[tuple]) -> dict:
         layout = Layout.of(world, cfg.parallel)
         recipe = TinyCausalLM(cfg)
         recipe.prepare()
-        engine = Engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), STEPS)
+        engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), STEPS)
         steps = []
         for step in range(STEPS):
             gradients = {}

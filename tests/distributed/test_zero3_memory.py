@@ -45,8 +45,9 @@ def build_peak(rank: int, world: int, folder: Path | None) -> tuple[float, dict]
     """(peak of memory while building, as a share of the whole model; the values of a few parameters)."""
     import deepspeed
 
+    from launch.runtime.build import build
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import build_model
+    from launch.runtime.topology import topology
 
     recipe = _recipe(folder)
     layout = Layout.of(world, recipe.cfg.parallel)
@@ -61,7 +62,8 @@ def build_peak(rank: int, world: int, folder: Path | None) -> tuple[float, dict]
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    model = build_model(recipe, recipe.cfg, ds_config(recipe.cfg, layout, "cpu"), torch.device("cpu"))
+    engine_config, cpu = ds_config(recipe.cfg, layout, "cpu"), torch.device("cpu")
+    model = build(recipe, recipe.cfg, engine_config, cpu, topology(layout, rank)).model
     done.set()
     watcher.join()
     whole = sum(p.ds_numel for p in model.parameters()) * 4

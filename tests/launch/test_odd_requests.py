@@ -10,6 +10,7 @@ from commands import PLAN, SMALL, TRAIN, environment, run
 from filelock import FileLock
 
 from conf.errors import RequestError
+from conf.schema import ModelConfig, ParallelConfig
 from launch.runtime.run_dir import RunDir
 from recipes.models.build import check_buildable, scratch_config
 
@@ -40,7 +41,7 @@ def test_other_names_of_an_attribute_are_known() -> None:
 def test_a_model_that_cannot_be_built_is_refused(family: str, config: dict) -> None:
     from transformers import AutoModelForCausalLM
 
-    (problem,) = check_buildable(AutoModelForCausalLM, scratch_config(family, config))
+    (problem,) = check_buildable(AutoModelForCausalLM, scratch_config(family, config), ModelConfig(), ParallelConfig())
     assert problem.key == "model.config"
 
 

@@ -1,0 +1,82 @@
+"""Rules on tensor, pipeline and sequence parallelism that need no look at the model.
+
+What the model itself does not allow (heads, layers, a family without a plan) is in recipes/models/layouts.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conf.batch import Layout
+from conf.environment import Environment
+from conf.errors import Problem
+from conf.rules_values import shown
+from conf.rules_zero import PLUS
+from conf.schema import Config
+
+WHOLE_MATRIX_OPTIMIZERS = {
+    "muon": "orthogonalises whole matrices",
+    "lamb": "scales each update by the norm of the whole parameter",
+    "adafactor": "keeps sums over whole rows and columns",
+}
+"""Optimizers whose update of an element depends on others: on a tensor rank's share it would be another update."""
+
+
+def pipeline_stage(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """The pipeline engine takes ZeRO 0 and 1 (DeepSpeed 0.19.8: pipe/engine.py asserts it late)."""
+    if cfg.parallel.pipeline > 1 and cfg.zero.stage > 1:
+        rule = f"a pipeline (parallel.pipeline={cfg.parallel.pipeline}) needs ZeRO stage 0 or 1"
+        yield Problem("zero.stage", str(cfg.zero.stage), rule, "zero=stage1, or parallel.pipeline=1")
+
+
+def pipeline_split(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A split names a number of layers for each stage."""
+    split, stages = cfg.parallel.pipeline_split, cfg.parallel.pipeline
+    if split is None:
+        return
+    value = shown(split)
+    if stages == 1:
+        yield Problem("parallel.pipeline_split", value, "there is one stage only", f"parallel.pipeline={len(split)}")
+    elif len(split) != stages:
+        rule = f"has {len(split)} stages, parallel.pipeline={stages}"
+        yield Problem("parallel.pipeline_split", value, rule, f"parallel.pipeline={len(split)}, or null")
+    elif min(split) < 1:
+        yield Problem(
+            "parallel.pipeline_split", value, "each stage has at least one layer", "null: stages of equal cost"
+        )
+
+
+def sequence_length(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Every sequence rank has equally many tokens."""
+    ranks, length = cfg.parallel.sequence, cfg.data.seq_length
+    if ranks > 1 and length % ranks:
+        rule = f"must be a multiple of the {ranks} sequence ranks"
+        yield Problem("data.seq_length", str(length), rule, f"data.seq_length={max(1, length // ranks) * ranks}")
+
+
+def optimizer(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Tensor ranks update their shares on their own: only optimizers that work element by element."""
+    name = cfg.optimizer.name.lower()
+    if cfg.parallel.tensor > 1 and (why := WHOLE_MATRIX_OPTIMIZERS.get(name)):
+        rule = f"{why}, and a tensor rank has only a share (parallel.tensor={cfg.parallel.tensor})"
+        yield Problem("optimizer.name", name, rule, "optimizer=adamw, or parallel.tensor=1")
+
+
+def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Combinations that no test has shown to give the right gradients."""
+    parallel = cfg.parallel
+    if cfg.train.compile and max(parallel.tensor, parallel.sequence, parallel.pipeline) > 1:
+        rule = "compiled layers are not tested with tensor, pipeline or sequence parallelism"
+        yield Problem("train.compile", "true", rule, "train.compile=false")
+    if parallel.tensor > 1 or parallel.pipeline > 1:
+        for field in PLUS:
+            value = getattr(cfg.zero, field)
+            if value not in (False, 1):
+                rule = "ZeRO++ is not tested with tensor or pipeline parallelism"
+                yield Problem(f"zero.{field}", shown(value), rule, f"zero=stage{cfg.zero.stage}")
+    if parallel.pipeline > 1 and cfg.zero.offload_optimizer != "none":
+        rule = "an offloaded step is not tested with a pipeline"
+        yield Problem("zero.offload_optimizer", cfg.zero.offload_optimizer, rule, "zero=stage1")
+
+
+RULES = (pipeline_stage, pipeline_split, sequence_length, optimizer, untested)

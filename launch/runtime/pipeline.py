@@ -1,0 +1,158 @@
+"""Stages on DeepSpeed's pipeline engine: what travels between them, and where we look at the gradient.
+
+Each rank can read every micro-batch (the order of data is a pure function), so only hidden states travel: tokens,
+positions, masks and labels never do. Facts about the engine are those of DeepSpeed 0.19.8 (`runtime/pipe`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe import schedule
+from torch import distributed as dist
+from torch import nn
+
+from launch.runtime.topology import Topology
+from recipes.models.stages import Stage
+
+Tensors = dict[str, torch.Tensor]
+
+
+class StageModule(nn.Module):
+    """The one layer that each pipeline stage consists of for the engine.
+
+    On the last stage the output is the micro-batch's summed loss times `scale`, on the others it is hidden states.
+    """
+
+    def __init__(
+        self, stage: Stage, loss: Callable[[Any, Tensors], torch.Tensor], inputs: Callable[[Tensors], Tensors]
+    ):
+        super().__init__()
+        self.stage, self.model = stage, stage.model
+        self._loss, self._inputs = loss, inputs
+        self._batches: Sequence[Tensors] = ()
+        self._next = 0
+        self._scale = 1.0
+
+    def start(self, batches: Sequence[Tensors], scale: float) -> None:
+        """The micro-batches that the next forward passes take in turn; 1F1B goes through them in order."""
+        self._batches, self._next, self._scale = batches, 0, scale
+
+    def forward(self, received: torch.Tensor) -> torch.Tensor:
+        batch = self._batches[self._next]
+        self._next += 1
+        self.stage.receive(None if self.stage.first else received)
+        if self.stage.last:
+            return self._loss(self.model, batch) * self._scale
+        return self.stage.forward(**self._inputs(batch))
+
+
+class Stages(PipelineModule):
+    """All stages as the engine wants them; only this rank's is built."""
+
+    def __init__(self, build: Callable[[], StageModule], topology: Topology):
+        super().__init__(
+            layers=[LayerSpec(_only(build))] * topology.layout.pipeline,
+            topology=topology.axes,
+            partition_method="uniform",
+            loss_fn=lambda loss, _: loss,
+        )
+        (self.own,) = (module for module in self.children() if isinstance(module, StageModule))
+        self._tie(topology)
+
+    def _tie(self, topology: Topology) -> None:
+        """Groups of (first, last) stage for a tied embedding, and its copy marked so that the norm counts it once."""
+        from recipes.models.stages import is_tied
+
+        stage, self._tied = self.own.stage, []
+        layout, place = topology.layout, topology.place
+        for data in range(layout.replicas if is_tied(stage.model) else 0):
+            for tensor in range(layout.tensor):
+                ranks = [topology.axes.get_rank(pipe=p, data=data, model=tensor) for p in (0, layout.pipeline - 1)]
+                group = dist.new_group(ranks=ranks)
+                if topology.rank in ranks:
+                    weight = next(stage.model.get_input_embeddings().parameters())
+                    self._tied.append((weight, group))
+                    if topology.rank != ranks[0]:
+                        vars(weight).update(ds_pipe_replicated=True, tensor_model_parallel=False)
+        for parameter in self.parameters():
+            # Without ZeRO, `clip_grad_norm_` counts what these marks say, and of the first stage everything.
+            if place.tensor == 0 and not vars(parameter)["ds_pipe_replicated"]:
+                vars(parameter)["model_parallel"] = True
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """What the engine all-reduces before its step: the two copies of a tied embedding."""
+        return self._tied
+
+
+def _only(build: Callable[[], nn.Module]) -> type[nn.Module]:
+    """A LayerSpec wants a class; this one builds the stage."""
+
+    class Built(nn.Module):
+        def __new__(cls) -> Any:
+            return build()
+
+    return Built
+
+
+class Clock:
+    """Seconds this stage spends in forward and backward passes, out of the whole step: the rest is the bubble."""
+
+    BUSY = (schedule.ForwardPass, schedule.BackwardPass)
+    AFTER = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a step."""
+        self._started = time.perf_counter()
+        self._busy = 0.0
+        self._ended: float | None = None
+
+    def timed(self, kind: type, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, the engine's method for an instruction, with its time noted."""
+
+        def method(engine: Any, **kwargs: Any) -> Any:
+            if kind in self.AFTER and self._ended is None:
+                self._ended = time.perf_counter()
+            started = time.perf_counter()
+            result = run(engine, **kwargs)
+            if kind in self.BUSY:
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize()
+                self._busy += time.perf_counter() - started
+            return result
+
+        return method
+
+    def bubble(self) -> float:
+        """Idle share (0 to 1) of the time between the first instruction and the first reduction of gradients."""
+        assert self._ended is not None, "no step was taken"
+        return max(0.0, 1.0 - self._busy / (self._ended - self._started))
+
+
+def watch(engine: Any, clock: Clock, before_step: Callable[[], None]) -> None:
+    """Time each instruction of `engine`, and call `before_step` when gradients are complete and not yet used."""
+    step = engine._INSTRUCTION_MAP[schedule.OptimizerStep]
+
+    def checked(engine: Any, **kwargs: Any) -> Any:
+        before_step()
+        return step(engine, **kwargs)
+
+    # On the instance: the class's map belongs to every pipeline engine of the process.
+    engine._INSTRUCTION_MAP = {
+        kind: clock.timed(kind, checked if kind is schedule.OptimizerStep else run)
+        for kind, run in engine._INSTRUCTION_MAP.items()
+    }
+
+
+def nothing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the first and last stage read in place of data: an integer, for which no gradient is wanted."""
+    while True:
+        yield torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)

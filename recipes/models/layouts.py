@@ -1,0 +1,70 @@
+"""Which layouts a model can have: the one place that says no, for the plan, for training and for the tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from conf.errors import Problem
+from conf.schema import ParallelConfig
+from recipes.models import sequence_parallel, tensor_parallel
+from recipes.models.costs import layer_costs
+from recipes.models.plans import NoPlanError
+from recipes.models.stages import balanced_split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def split(model: PreTrainedModel, parallel: ParallelConfig) -> list[int]:
+    """Layers of each pipeline stage, as asked for or of equal cost.
+
+    Raises NoPlanError for a family without a plan and for a split that does not fit its layers.
+    """
+    costs, before, after = layer_costs(model)
+    if parallel.pipeline_split is None:
+        return balanced_split(costs, before, after, parallel.pipeline)
+    given = list(parallel.pipeline_split)
+    if sum(given) != len(costs):
+        raise NoPlanError(f"parallel.pipeline_split={given} has {sum(given)} layers, the model {len(costs)}")
+    return given
+
+
+def problems(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem]:
+    """What keeps `model` (whole, on the meta device) from being divided as asked; each with a degree that works."""
+    found = []
+    if parallel.tensor > 1 and (why := _no(tensor_parallel.check, model, parallel.tensor)):
+        found.append(_problem("tensor", parallel, why, lambda n: _no(tensor_parallel.check, model, n)))
+    if parallel.sequence > 1:
+
+        def sequence(size: int) -> str | None:
+            return _no(sequence_parallel.check, model, parallel.tensor, size)
+
+        if why := sequence(parallel.sequence):
+            found.append(_problem("sequence", parallel, why, sequence))
+    if parallel.pipeline > 1 and (why := _no(split, model, parallel)):
+        if "pipeline_split" in why:
+            costs = layer_costs(model)
+            nearest = f"parallel.pipeline_split={balanced_split(*costs, parallel.pipeline)}".replace(" ", "")
+            found.append(Problem("parallel.pipeline_split", str(parallel.pipeline_split), why, nearest))
+        else:
+            found.append(_problem("pipeline", parallel, why, lambda n: _no(_stages, model, n)))
+    return found
+
+
+def _stages(model: PreTrainedModel, count: int) -> None:
+    balanced_split(*layer_costs(model), count)
+
+
+def _no(check, *arguments) -> str | None:
+    """Why `check` refuses, or None."""
+    try:
+        check(*arguments)
+    except NoPlanError as error:
+        return str(error)
+    return None
+
+
+def _problem(axis: str, parallel: ParallelConfig, why: str, no) -> Problem:
+    degree = getattr(parallel, axis)
+    fitting = next((n for n in range(degree - 1, 1, -1) if no(n) is None), 1)
+    return Problem(f"parallel.{axis}", str(degree), why, f"parallel.{axis}={fitting}")

@@ -1,0 +1,125 @@
+"""Which modules of a family go to which pipeline stage, and how its matrices are cut for tensor parallelism.
+
+Both come from transformers: `base_model_pp_plan` and `base_model_tp_plan` of a model's configuration. A family without
+one is a row of data here. Paths are relative to the base model (`model.base_model`), `*` stands for a layer's number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class NoPlanError(ValueError):
+    """A model cannot be divided as asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Modules with a place in the pipeline, in the order of the forward pass."""
+
+    before: tuple[str, ...]
+    """On the first stage: embeddings and what follows them."""
+    layers: str
+    """The list of layers that is divided."""
+    after: tuple[str, ...]
+    """On the last stage: the last norm; the head, outside the base model, is there anyway."""
+
+
+PIPELINE_PLANS: dict[str, PipelinePlan] = {
+    **dict.fromkeys(
+        (
+            "bitnet", "diffllama", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe",
+            "nemotron", "olmoe", "phimoe", "stablelm",
+        ),
+        PipelinePlan(("embed_tokens",), "layers", ("norm",)),
+    ),
+    "persimmon": PipelinePlan(("embed_tokens",), "layers", ("final_layernorm",)),
+    "gpt2": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",)),
+    "gpt_bigcode": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",)),
+    "gpt_neo": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",)),
+    "gptj": PipelinePlan(("wte", "drop"), "h", ("ln_f",)),
+    "codegen": PipelinePlan(("wte", "drop"), "h", ("ln_f",)),
+    "bloom": PipelinePlan(("word_embeddings", "word_embeddings_layernorm"), "h", ("ln_f",)),
+    "falcon": PipelinePlan(("word_embeddings",), "h", ("ln_f",)),
+    "mpt": PipelinePlan(("wte",), "blocks", ("norm_f",)),
+    "gpt_neox_japanese": PipelinePlan(("embed_in",), "layers", ("final_layer_norm",)),
+    "opt": PipelinePlan(
+        ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
+        "decoder.layers",
+        ("decoder.final_layer_norm", "decoder.project_out"),
+    ),
+    "biogpt": PipelinePlan(("embed_tokens", "embed_positions"), "layers", ("layer_norm",)),
+    "xglm": PipelinePlan(("embed_tokens", "embed_positions"), "layers", ("layer_norm",)),
+}  # fmt: skip
+"""Families that transformers 5.23 ships no pipeline plan for, by `model_type`."""
+
+TENSOR_PLANS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "h.*.attn": "divide:split_size",
+        "h.*.attn.c_attn": "fused_qkv",
+        "h.*.attn.c_proj": "rowwise",
+        "h.*.mlp.c_fc": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    },
+}
+"""Families that transformers 5.23 ships no tensor plan for, by `model_type`: module or parameter → style.
+
+Beside transformers' styles: `fused_qkv`, three matrices of equal width in one, and `divide:NAME`, an attribute of the
+module that counts what is divided."""
+
+
+def pipeline_plan(model: PreTrainedModel) -> PipelinePlan:
+    """The pipeline plan of a model, checked against its modules.
+
+    Raises NoPlanError for a family without one, or whose parameters are not all in it: what stands beside the layers
+    would be on every stage, and its gradient on each only a part.
+    """
+    config = model.config.get_text_config()
+    plan = PIPELINE_PLANS.get(config.model_type)
+    if plan is None:
+        named = getattr(config, "base_model_pp_plan", None)
+        if not named:
+            raise NoPlanError(f"transformers has no pipeline plan for {config.model_type}")
+        names = list(named)
+        lists = [name for name in names if isinstance(_module(model.base_model, name), nn.ModuleList)]
+        if len(lists) != 1:
+            raise NoPlanError(f"the pipeline plan of {config.model_type} names {len(lists)} lists of layers, not one")
+        at = names.index(lists[0])
+        plan = PipelinePlan(tuple(names[:at]), lists[0], tuple(names[at + 1 :]))
+    places = (*plan.before, plan.layers, *plan.after)
+    head = model.get_output_embeddings()
+    prefix = f"{model.base_model_prefix}."
+    for name, parameter in model.named_parameters():
+        inside = name.removeprefix(prefix)
+        if head is not None and any(parameter is own for own in head.parameters()):
+            continue
+        if not any(inside.startswith(f"{place}.") for place in places):
+            raise NoPlanError(f"{name} has no place in the pipeline plan of {config.model_type}")
+    return plan
+
+
+def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
+    """Module or parameter path (`*` for numbers, of the whole model) → style of the family's tensor-parallel plan.
+
+    Raises NoPlanError for a family without one.
+    """
+    config = model.config.get_text_config()
+    base = TENSOR_PLANS.get(config.model_type) or getattr(config, "base_model_tp_plan", None)
+    if not base:
+        raise NoPlanError(f"transformers has no tensor-parallel plan for {config.model_type}")
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    plan = {f"{prefix}{name}": style for name, style in base.items()}
+    return {**plan, **(getattr(type(model), "_tp_plan", None) or {})}
+
+
+def _module(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,171 @@
+"""Pipeline stages of a Hugging Face model: the model itself, with the parts of other stages passed through.
+
+The forward pass of a family is left as it is. Layers of other stages return what they are given, embeddings of other
+stages return zeros, and what the previous stage sent takes the place of the first own layer's input: whatever the
+family does to its embeddings (scaling, positions, norms) happens on the first stage only. The list of layers keeps its
+length, so that per-layer settings (`layer_types[i]`) stay right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from recipes.models.plans import NoPlanError, pipeline_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+class PassThrough(nn.Module):
+    """In place of a module of another stage: returns its first argument."""
+
+    def __init__(self, absent: nn.Module):
+        super().__init__()
+        # Families look at attributes of their layers (`attention_type`) before they call them.
+        for name, value in vars(absent).items():
+            if isinstance(value, PLAIN) and not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+class NoEmbedding(nn.Module):
+    """In place of an embedding of another stage: zeros of its shape."""
+
+    def __init__(self, absent: nn.Module):
+        super().__init__()
+        weight = next(absent.parameters())
+        self.dim, self.dtype = weight.shape[-1], weight.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return torch.zeros(*ids.shape[:2], self.dim, dtype=self.dtype, device=ids.device)
+
+
+class Stage:
+    """One stage of a pipeline: `model` is the Hugging Face model cut down to it (see `cut`), or, of one, whole."""
+
+    def __init__(self, model: PreTrainedModel, index: int = 0, count: int = 1):
+        self.model = model
+        self.first, self.last = index == 0, index == count - 1
+        self._received: torch.Tensor | None = None
+        self._leaving: torch.Tensor | None = None
+
+    def hook(self, layers: nn.ModuleList, own: range) -> None:
+        """Take in what the previous stage sends, and give out what the last own layer returns."""
+        if not self.first:
+            layers[own.start].register_forward_pre_hook(self._enter, with_kwargs=True)
+        if not self.last:
+            layers[own[-1]].register_forward_hook(self._leave)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._received is None:
+            return None  # a look at the model alone (recipes.base.Recipe.adopt)
+        if args:
+            return (self._received, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._received}
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._leaving = output[0] if isinstance(output, tuple) else output
+
+    def receive(self, hidden: torch.Tensor | None) -> None:
+        """What the previous stage sent (B, S, H): the input of this stage's next forward pass."""
+        self._received = hidden
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """The hidden states (B, S, H) behind this stage's last layer; not for the last stage."""
+        self.model.base_model(**inputs)
+        leaving, self._leaving = self._leaving, None
+        assert leaving is not None, "the last layer of the stage was not called"
+        return leaving
+
+
+def cut(model: PreTrainedModel, own: range, index: int, count: int) -> Stage:
+    """Cut `model` down, in place, to stage `index` of `count` with the layers `own`.
+
+    A tied last stage keeps the embedding, unused, as the owner of its head's weight: names stay those of the family.
+    """
+    plan = pipeline_plan(model)
+    base = model.base_model
+    layers = base.get_submodule(plan.layers)
+    assert isinstance(layers, nn.ModuleList)
+    table = model.get_input_embeddings()
+    tied = is_tied(model)
+    first, last = index == 0, index == count - 1
+    if not first:
+        for path in plan.before:
+            absent = base.get_submodule(path)
+            if last and tied and absent is table:
+                vars(table)["forward"] = NoEmbedding(absent).forward
+            else:
+                placeholder = NoEmbedding(absent) if isinstance(absent, nn.Embedding) else PassThrough(absent)
+                base.set_submodule(path, placeholder)
+    for number, layer in enumerate(layers):
+        if number not in own:
+            layers[number] = PassThrough(layer)
+    if not last:
+        for path in plan.after:
+            base.set_submodule(path, PassThrough(base.get_submodule(path)))
+        head = model.get_output_embeddings()
+        if head is not None:
+            path = next(name for name, module in model.named_modules() if module is head)
+            model.set_submodule(path, PassThrough(head))
+            model.all_tied_weights_keys = {}
+    stage = Stage(model, index, count)
+    stage.hook(layers, own)
+    return stage
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head uses the embedding's weight."""
+    config = model.config
+    return bool(getattr(config, "tie_word_embeddings", False)) and model.get_output_embeddings() is not None
+
+
+def number_of_layers(model: PreTrainedModel) -> int:
+    """Layers that the pipeline plan of the model divides."""
+    layers = model.base_model.get_submodule(pipeline_plan(model).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return len(layers)
+
+
+def balanced_split(costs: Sequence[float], before: float, after: float, count: int) -> list[int]:
+    """Layers per stage, so that the costliest stage costs the least; `before` and `after` burden the first and last.
+
+    Exact, by dynamic programming over (stage, layers placed). Of equal splits the one with the most even layers wins.
+    Raises NoPlanError when there are fewer layers than stages.
+    """
+    number = len(costs)
+    if count > number:
+        raise NoPlanError(f"{number} layers cannot be divided over {count} stages")
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+
+    def stage_cost(index: int, start: int, stop: int) -> float:
+        return total[stop] - total[start] + before * (index == 0) + after * (index == count - 1)
+
+    # best[placed] = (cost of the worst stage, sum of squared layer counts, layers per stage so far)
+    best: dict[int, tuple[float, int, list[int]]] = {0: (0.0, 0, [])}
+    for index in range(count):
+        following: dict[int, tuple[float, int, list[int]]] = {}
+        for placed, (worst, squares, split) in best.items():
+            for stop in range(placed + 1, number - (count - 1 - index) + 1):
+                here = (max(worst, stage_cost(index, placed, stop)), squares + (stop - placed) ** 2)
+                if stop not in following or here < following[stop][:2]:
+                    following[stop] = (*here, [*split, stop - placed])
+        best = following
+    return best[number][2]
+
+
+def ranges(split: Sequence[int]) -> list[range]:
+    """Layer numbers of each stage, from the numbers of layers per stage."""
+    starts = [sum(split[:index]) for index in range(len(split))]
+    return [range(start, start + size) for start, size in zip(starts, split, strict=True)]
