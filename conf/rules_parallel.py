@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem
-from conf.rules_values import shown
+from conf.rules_values import changed, shown
 from conf.rules_zero import PLUS
 from conf.schema import Config
 
@@ -54,6 +54,14 @@ def sequence_length(cfg: Config, layout: Layout, env: Environment) -> Iterator[P
         yield Problem("data.seq_length", str(length), rule, f"data.seq_length={max(1, length // ranks) * ranks}")
 
 
+def sequence_attention(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Attention that takes masks of whole sequences from outside, which eager attention of a family does not."""
+    kind = cfg.model.attention
+    if cfg.parallel.sequence > 1 and kind not in (None, *WRAPPED):
+        rule = f"sequence parallelism wraps {', '.join(WRAPPED)}"
+        yield Problem("model.attention", kind, rule, "model.attention=sdpa")
+
+
 def optimizer(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """Tensor ranks update their shares on their own: only optimizers that work element by element."""
     name = cfg.optimizer.name.lower()
@@ -70,13 +78,14 @@ def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
         yield Problem("train.compile", "true", rule, "train.compile=false")
     if parallel.tensor > 1 or parallel.pipeline > 1:
         for field in PLUS:
-            value = getattr(cfg.zero, field)
-            if value not in (False, 1):
+            if changed(cfg.zero, field):
                 rule = "ZeRO++ is not tested with tensor or pipeline parallelism"
-                yield Problem(f"zero.{field}", shown(value), rule, f"zero=stage{cfg.zero.stage}")
+                yield Problem(f"zero.{field}", shown(getattr(cfg.zero, field)), rule, f"zero=stage{cfg.zero.stage}")
     if parallel.pipeline > 1 and cfg.zero.offload_optimizer != "none":
         rule = "an offloaded step is not tested with a pipeline"
         yield Problem("zero.offload_optimizer", cfg.zero.offload_optimizer, rule, "zero=stage1")
 
 
-RULES = (pipeline_stage, pipeline_split, sequence_length, optimizer, untested)
+WRAPPED = ("sdpa", "flash_attention_2", "flash_attention_3")
+
+RULES = (pipeline_stage, pipeline_split, sequence_length, sequence_attention, optimizer, untested)

@@ -1,10 +1,15 @@
-"""Show what a run will be without starting it: `python launch/plan.py +recipe=NAME world_size=8 [format=json] …`."""
+"""Show what a run will be without starting it: `python launch/plan.py +recipe=NAME world_size=8 [format=json] …`.
+
+`search=true` lists all layouts of that many ranks, fastest predicted first (`rate=` FLOP/s and `bandwidth=` bytes/s of
+a rank), and why the others are illegal.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
@@ -13,18 +18,20 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from conf.errors import Problem, RequestError, did_you_mean
 from launch.runtime.ds_config import ds_config
-from launch.runtime.request import read_request, run_command
+from launch.runtime.request import Request, read_request, run_command
 
 COMMAND = "launch/plan.py"
 FORMATS = ("table", "json")
+OWN = {"world_size": "1", "format": "table", "search": "false", "rate": "", "bandwidth": ""}
 
 
 def main(argv: list[str]) -> int:
-    request = read_request(argv, COMMAND, {"world_size": "1", "format": "table"})
+    request = read_request(argv, COMMAND, OWN)
     wanted = request.own["format"]
-    if wanted not in FORMATS:
-        near = did_you_mean(wanted, FORMATS) or FORMATS[0]
-        raise RequestError(Problem("format", wanted, f"one of {', '.join(FORMATS)}", f"format={near}"))
+    for key, choices in (("format", FORMATS), ("search", ("false", "true"))):
+        if request.own[key] not in choices:
+            near = did_you_mean(request.own[key], choices) or choices[0]
+            raise RequestError(Problem(key, request.own[key], f"one of {', '.join(choices)}", f"{key}={near}"))
 
     # Only now torch, for the model on the meta device; its advice about the model's configuration is not for here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,7 +39,9 @@ def main(argv: list[str]) -> int:
     from recipes.models.shape import model_shape
 
     cfg, layout, device = request.cfg, request.layout, request.device
-    shape = model_shape(cfg.model, cfg.data, cfg.precision.name)
+    if request.own["search"] == "true":
+        return show_layouts(request, wanted)
+    shape = model_shape(cfg.model, cfg.data, cfg.precision.name, cfg.parallel)
     plan = make_plan(cfg, layout, shape, ds_config(cfg, layout, device), device)
     if wanted == "json":
         print(json.dumps(plan, indent=2, ensure_ascii=False))
@@ -42,6 +51,32 @@ def main(argv: list[str]) -> int:
         from launch.planner.render import render
 
         render(plan, Console(highlight=False, soft_wrap=True))
+    return 0
+
+
+def show_layouts(request: Request, wanted: str) -> int:
+    """Print all layouts of the request's world size."""
+    from rich.console import Console
+
+    from launch.planner.render import render_search
+    from launch.planner.search import ASSUMED, search
+    from recipes.models.shape import model_shape
+
+    cfg = request.cfg
+    speeds = []
+    for key, assumed in zip(("rate", "bandwidth"), ASSUMED[request.device], strict=True):
+        try:
+            speeds.append(float(request.own[key] or assumed))
+        except ValueError:
+            raise RequestError(Problem(key, request.own[key], "a number per second", f"{key}={assumed:g}")) from None
+    found = search(
+        cfg, request.layout.world, request.environment.on(request.device),
+        lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel), request.device, *speeds,
+    )  # fmt: skip
+    if wanted == "json":
+        print(json.dumps([asdict(candidate) for candidate in found], indent=2, ensure_ascii=False))
+    else:
+        render_search(found, speeds, Console(highlight=False, soft_wrap=True))
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from conf.batch import Layout
 from conf.schema import Config
 from launch.planner.memory import element_bytes, persistent_parameters
-from launch.planner.model_shape import ModelShape
+from launch.planner.model_shape import ModelShape, Part
 
 
 def all_reduce(size: float, ranks: int) -> float:
@@ -25,8 +25,8 @@ def half_ring(size: float, ranks: int) -> float:
 
 
 def bytes_per_step(shape: ModelShape, cfg: Config, layout: Layout) -> dict[str, int]:
-    """{collective: bytes sent per rank and optimizer step} over the data ranks; empty for a single one."""
-    ranks, zero = layout.data, cfg.zero
+    """{collective: bytes sent per rank and optimizer step} over the replicas; empty for a single one."""
+    ranks, zero = layout.replicas, cfg.zero
     if ranks == 1:
         return {}
     count, micro_batches = shape.parameters, cfg.batch.accumulation or 1
@@ -51,7 +51,7 @@ def _stage3(shape: ModelShape, cfg: Config, layout: Layout, weight: float, gradi
     ZeRO++ (Wang et al. 2023): qwZ sends forward's weights in 8 bits; hpZ gathers backward's within a node; qgZ sends
     gradients in 4 bits, twice (within and between nodes).
     """
-    ranks, zero, micro_batches = layout.data, cfg.zero, cfg.batch.accumulation or 1
+    ranks, zero, micro_batches = layout.replicas, cfg.zero, cfg.batch.accumulation or 1
     whole = persistent_parameters(shape, zero.param_persistence_threshold)
     sharded = shape.parameters - whole
     forward = half_ring(sharded * (1 if zero.quantized_weights else weight), ranks)
@@ -69,3 +69,27 @@ def _stage3(shape: ModelShape, cfg: Config, layout: Layout, weight: float, gradi
         reduce_name: micro_batches * reduced,
         "all-gather small parameters": half_ring(whole * weight, ranks),
     }
+
+
+def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, stage: int) -> dict[str, int]:
+    """{collective: bytes sent per rank and optimizer step} among tensor, sequence and pipeline ranks.
+
+    part: what the rank holds; shape: the whole model. An all-to-all of M bytes sends M·(r-1)/r per rank.
+    """
+    sequences = (cfg.batch.micro_size or 1) * (cfg.batch.accumulation or 1)
+    weight = element_bytes(cfg.precision.name)
+    tokens = sequences * cfg.data.seq_length // layout.sequence
+    forwards = 2 if cfg.train.activation_checkpointing == 1 else 1
+    sent: dict[str, float] = {}
+    if layout.tensor > 1:
+        moved = part.traffic.forward * forwards + part.traffic.backward
+        sent["tensor: all-reduce activations"] = all_reduce(moved * sequences, layout.tensor)
+    if layout.sequence > 1:
+        # Query and output of all heads, key and value of the key-value heads, there and back.
+        heads = 2 * (shape.heads + max(shape.kv_heads, layout.sequence)) // layout.tensor
+        exchanged = tokens * heads * shape.head_dim * weight * part.shape.layers
+        sent["sequence: all-to-all heads"] = half_ring(exchanged * (forwards + 1), layout.sequence)
+    if layout.pipeline > 1:
+        ends = (stage < layout.pipeline - 1) + (stage > 0)  # hidden states onward, their gradients back
+        sent["pipeline: hidden states"] = ends * tokens * shape.hidden * weight / layout.tensor
+    return {name: round(size) for name, size in sent.items()}

@@ -79,9 +79,12 @@ def optimizer_numbers(shape: ModelShape, optimizer: OptimizerConfig) -> int:
     return numbers * shape.parameters
 
 
-def memory(shape: ModelShape, cfg: Config, layout: Layout, seq_length: int, device: str) -> Memory:
-    """The bytes of one rank while it trains on `device` (cpu | cuda); everything at its largest at once."""
-    zero, ranks = cfg.zero, layout.data
+def memory(shape: ModelShape, cfg: Config, layout: Layout, seq_length: int, device: str, in_flight: int = 1) -> Memory:
+    """The bytes of one rank while it trains on `device` (cpu | cuda); everything at its largest at once.
+
+    shape: of what this rank holds. in_flight: micro-batches whose activations it keeps at the same time.
+    """
+    zero, ranks = cfg.zero, layout.replicas
     weights = _parameters(shape, cfg, ranks)
     states = _optimizer_state(shape, cfg, ranks)
     on_device = {
@@ -89,8 +92,8 @@ def memory(shape: ModelShape, cfg: Config, layout: Layout, seq_length: int, devi
         "gradients": _gradients(shape, cfg, ranks),
         "optimizer state": states,
         "engine buffers": _buffers(shape, cfg, ranks, device),
-        "activations": _activations(shape, cfg),
-        "logits and loss": _logits(shape, cfg, seq_length),
+        "activations": _activations(shape, cfg, in_flight),
+        "logits and loss": _logits(shape, cfg, seq_length // layout.sequence) if shape.vocab else 0,
     }
     elsewhere: dict[str, dict[str, int]] = {"cpu": {}, "nvme": {}}
     if zero.offload_optimizer != "none":
@@ -163,8 +166,8 @@ def _buffers(shape: ModelShape, cfg: Config, ranks: int, device: str) -> int:
     return elements * kept + gathered * weight
 
 
-def _activations(shape: ModelShape, cfg: Config) -> int:
-    """What backward needs of one micro-batch; each n-th layer leaves only its input and is recomputed in turn."""
+def _activations(shape: ModelShape, cfg: Config, in_flight: int) -> int:
+    """What backward needs of the micro-batches in flight; each n-th layer leaves its input only and is recomputed."""
     kept, every = shape.activations, cfg.train.activation_checkpointing
     if kept is None:
         return 0
@@ -178,7 +181,7 @@ def _activations(shape: ModelShape, cfg: Config) -> int:
     if cfg.precision.name == "bf16_autocast":
         # Autocast keeps a bf16 copy of each matrix that it multiplied with.
         recomputed += 2 * sum(math.prod(d) for name, d in shape.tensors if len(d) >= 2 and "embed" not in name.lower())
-    return (total + recomputed) * (cfg.batch.micro_size or 1)
+    return (total * in_flight + recomputed) * (cfg.batch.micro_size or 1)
 
 
 def _logits(shape: ModelShape, cfg: Config, seq_length: int) -> int:

@@ -7,18 +7,20 @@ from typing import Any
 
 from conf.batch import Layout, batch_line
 from conf.schema import Config
-from launch.planner.communication import bytes_per_step
+from launch.planner.communication import bytes_per_step, within_a_step
 from launch.planner.flops import flops_per_token
-from launch.planner.memory import memory
+from launch.planner.memory import Memory, memory
 from launch.planner.model_shape import ModelShape
+from launch.planner.schedule import bubble, in_flight
 
 
 def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, Any], device: str) -> dict[str, Any]:
     """Everything that is known before a run: sizes in bytes, counts in elements, FLOPs per optimizer step."""
-    used = memory(shape, cfg, layout, cfg.data.seq_length, device)
+    stages = stage_plans(cfg, layout, shape, device)
+    worst = max(stages, key=lambda stage: stage["bytes_per_rank"]["device"]["total"])
+    busiest = max(stages, key=lambda stage: stage["bytes_sent_per_rank_and_step"]["total"])
     tokens = (cfg.batch.global_size or 0) * cfg.data.seq_length
-    sent = bytes_per_step(shape, cfg, layout)
-    return {
+    plan = {
         "name": cfg.name,
         "device": device,
         "layout": asdict(layout),
@@ -33,12 +35,39 @@ def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, 
         },
         "tokens_per_step": tokens,
         "flops_per_step": flops_per_token(shape, cfg.data.seq_length) * tokens,
-        "bytes_per_rank": {
-            "device": {**used.device, "total": used.device_total},
-            "host": {**used.host, "total": used.host_total},
-            "nvme": {**used.nvme, "total": used.nvme_total},
-            "activations_known": shape.activations is not None,
-        },
-        "bytes_sent_per_rank_and_step": {**sent, "total": sum(sent.values())},
+        "bytes_per_rank": worst["bytes_per_rank"],
+        "bytes_sent_per_rank_and_step": busiest["bytes_sent_per_rank_and_step"],
+        "stages": stages,
+        "bubble": bubble([part.cost for part in shape.parts], cfg.batch.accumulation or 1),
         "engine": engine,
+    }
+    return plan
+
+
+def stage_plans(cfg: Config, layout: Layout, shape: ModelShape, device: str) -> list[dict[str, Any]]:
+    """What a rank of each pipeline stage holds and sends; one stage without a pipeline."""
+    total = sum(part.cost for part in shape.parts)
+    stages = []
+    for index, part in enumerate(shape.parts):
+        waiting = in_flight(index, layout.pipeline, cfg.batch.accumulation or 1)
+        used = memory(part.shape, cfg, layout, cfg.data.seq_length, device, waiting)
+        sent = bytes_per_step(part.shape, cfg, layout) | within_a_step(part, shape, cfg, layout, index)
+        stages.append(
+            {
+                "layers": list(part.layers),
+                "parameters": part.shape.parameters,
+                "share_of_work": part.cost / total if total else 1.0,
+                "bytes_per_rank": _places(used, shape.activations is not None),
+                "bytes_sent_per_rank_and_step": {**sent, "total": sum(sent.values())},
+            }
+        )
+    return stages
+
+
+def _places(used: Memory, activations_known: bool) -> dict[str, Any]:
+    return {
+        "device": {**used.device, "total": used.device_total},
+        "host": {**used.host, "total": used.host_total},
+        "nvme": {**used.nvme, "total": used.nvme_total},
+        "activations_known": activations_known,
     }

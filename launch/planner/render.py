@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from conf.batch import Layout
+from launch.planner.search import Candidate
+
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -32,6 +35,9 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("arithmetic per step", f"{plan['flops_per_step'] / 1e12:,.3f} TFLOP"),
     ):
         console.print(f"{name:<21}{value}", markup=False)
+    if len(plan["stages"]) > 1:
+        console.print(f"{'bubble':<21}{plan['bubble']:.1%} of each step, predicted", markup=False)
+        console.print(_stages_table(plan["stages"]))
     console.print(_memory_table(used))
     if not used["activations_known"]:
         console.print("activations: not counted, this family's forward pass cannot be traced without values")
@@ -39,6 +45,40 @@ def render(plan: dict[str, Any], console: Console) -> None:
         console.print(_sent_table(plan["bytes_sent_per_rank_and_step"]))
     console.print("engine configuration (ds_config.json)")
     console.print(json.dumps(plan["engine"], indent=2), markup=False)
+
+
+def render_search(found: list[Candidate], speeds: list[float], console: Console) -> None:
+    """Print the legal layouts, then each reason against the others with the layouts it is against."""
+    rate, bandwidth = speeds
+    legal = [candidate for candidate in found if candidate.plan is not None]
+    if legal:
+        speeds_said = f"{rate / 1e12:g} TFLOP/s and {bandwidth / 1e9:g} GB/s per rank"
+        console.print(f"data × tensor × pipeline × sequence; predicted at {speeds_said}", markup=False)
+        table = Table("layout", "step", "bubble", "bytes", "sent", "batch")
+        for column in table.columns:
+            column.no_wrap = True
+        for candidate in legal:
+            plan = candidate.plan
+            assert plan is not None
+            table.add_row(
+                _short(candidate.layout),
+                f"{candidate.seconds:.3g} s",
+                f"{plan['bubble']:.0%}",
+                human_bytes(plan["bytes_per_rank"]["device"]["total"]),
+                human_bytes(plan["bytes_sent_per_rank_and_step"]["total"]),
+                f"{plan['batch']['micro_size']} micro × {plan['batch']['accumulation']}",
+            )
+        console.print(table)
+    reasons: dict[str, list[str]] = {}
+    for candidate in found:
+        for why in candidate.why_not:
+            reasons.setdefault(why, []).append(_short(candidate.layout))
+    for why, against in reasons.items():
+        console.print(f"illegal: {why}\n    {', '.join(against)}", markup=False)
+
+
+def _short(layout: Layout) -> str:
+    return f"{layout.data}×{layout.tensor}×{layout.pipeline}×{layout.sequence}"
 
 
 def _shares(model: dict[str, Any]) -> str:
@@ -59,6 +99,24 @@ def _memory_table(used: dict[str, Any]) -> Table:
         if part == "total":
             table.add_section()
         table.add_row(part, *cells)
+    return table
+
+
+def _stages_table(stages: list[dict[str, Any]]) -> Table:
+    """One row per pipeline stage; the tables below it are of the stage with the most."""
+    table = Table("stage", "layers", "parameters per rank", "share of work", "bytes per rank", "sent per step")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for index, stage in enumerate(stages):
+        first, stop = stage["layers"]
+        table.add_row(
+            str(index),
+            f"{first} - {stop - 1}",
+            f"{stage['parameters']:,}",
+            f"{stage['share_of_work']:.1%}",
+            human_bytes(stage["bytes_per_rank"]["device"]["total"]),
+            human_bytes(stage["bytes_sent_per_rank_and_step"]["total"]),
+        )
     return table
 
 

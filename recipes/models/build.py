@@ -243,6 +243,8 @@ def _fill(model: PreTrainedModel, folder: Path, device: torch.device, place: Pla
             for name, parameter in loaded:
                 waiting.discard(name)
                 vars(parameter).update(marks[name])
+                # Out of the mapped file: the engine writes into it (a broadcast), and pages once written stay.
+                parameter.data = parameter.data.clone()
             if place is not None:
                 place([parameter for _, parameter in loaded])
 

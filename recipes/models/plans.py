@@ -87,7 +87,7 @@ def pipeline_plan(model: PreTrainedModel) -> PipelinePlan:
         if not named:
             raise NoPlanError(f"transformers has no pipeline plan for {config.model_type}")
         names = list(named)
-        lists = [name for name in names if isinstance(_module(model.base_model, name), nn.ModuleList)]
+        lists = [name for name in names if isinstance(find(model.base_model, name), nn.ModuleList)]
         if len(lists) != 1:
             raise NoPlanError(f"the pipeline plan of {config.model_type} names {len(lists)} lists of layers, not one")
         at = names.index(lists[0])
@@ -118,7 +118,8 @@ def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
     return {**plan, **(getattr(type(model), "_tp_plan", None) or {})}
 
 
-def _module(root: nn.Module, path: str) -> nn.Module | None:
+def find(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None: families leave out what a configuration does not need (OPT's `project_in`)."""
     try:
         return root.get_submodule(path)
     except AttributeError:

@@ -78,8 +78,8 @@ def check(model: PreTrainedModel, tensor: int, size: int) -> None:
         raise NoPlanError(
             f"{kind} has {', '.join(sorted(other))} layers, which read along the sequence in their own way"
         )
-    if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
-        raise NoPlanError(f"no sequence parallelism around {config._attn_implementation} attention")
+    if config._attn_implementation == "eager":
+        raise NoPlanError(f"the eager attention of {kind} cannot be wrapped: sequence parallelism needs sdpa")
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     if heads % (tensor * size) or heads // tensor % math.lcm(max(1, keys // tensor), size):

@@ -8,11 +8,13 @@ seconds. What backward will need is not guessed per family either: a forward pas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
-from conf.schema import DataConfig, ModelConfig
+from conf.schema import DataConfig, ModelConfig, ParallelConfig
+from recipes.models.layouts import problems
+from recipes.models.stage_shape import Part, Traffic, divide_on_meta, parts, stage_plan
 
 if TYPE_CHECKING:
     import torch
@@ -62,18 +64,24 @@ class ModelShape:
     max_positions: int | None
     activations: Activations | None
     """None for a family whose forward pass looks at values (which expert?): meta tensors have none."""
+    parts: tuple[Part, ...] = ()
+    """What a rank of each pipeline stage holds."""
 
 
-def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelShape:
+def model_shape(
+    model: ModelConfig, data: DataConfig, precision: str, parallel: ParallelConfig | None = None
+) -> ModelShape:
     """The shape of the model that a configuration trains, at `data.seq_length` and the dtype of `precision`.
 
     Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make a causal LM of
-    (model.*), and for sequences longer than the model's positions (data.seq_length).
+    (model.*), for sequences longer than the model's positions (data.seq_length), and for a model that cannot be divided
+    as asked (parallel.*).
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    parallel = parallel or ParallelConfig()
     config = _config(model, data)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -91,11 +99,13 @@ def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelSh
         raise RequestError(
             Problem("model", config.model_type, f"transformers cannot build a causal LM of it: {_first_line(error)}")
         ) from error
+    if wrong := problems(network, parallel):
+        raise RequestError(wrong)
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     head = network.get_output_embeddings()
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     heads = getattr(text, "num_attention_heads", 0)
-    return ModelShape(
+    whole = ModelShape(
         model_type=config.model_type,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding=_embedding(network),
@@ -111,8 +121,16 @@ def model_shape(model: ModelConfig, data: DataConfig, precision: str) -> ModelSh
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
         max_positions=positions,
-        activations=_trace(network, layers, data.seq_length),
+        activations=None,
     )
+    stages = stage_plan(network, parallel)
+    ranks = divide_on_meta(network, parallel.tensor)
+    # What is inside of attention is as much per rank with all tokens of some heads as with some tokens of all heads.
+    activations = _trace(network, layers, data.seq_length // parallel.sequence)
+    moved = ranks.moved if ranks is not None else []
+    traffic = Traffic(*(sum(size for way, size in moved if way == one) for one in ("forward", "backward")))
+    divided = parts(network, whole, activations, traffic, stages, parallel)
+    return replace(whole, activations=activations, parts=divided)
 
 
 def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:

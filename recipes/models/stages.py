@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from recipes.models.plans import NoPlanError, pipeline_plan
+from recipes.models.plans import NoPlanError, find, pipeline_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +101,9 @@ def cut(model: PreTrainedModel, own: range, index: int, count: int) -> Stage:
     first, last = index == 0, index == count - 1
     if not first:
         for path in plan.before:
-            absent = base.get_submodule(path)
+            absent = find(base, path)
+            if absent is None:
+                continue
             if last and tied and absent is table:
                 vars(table)["forward"] = NoEmbedding(absent).forward
             else:
@@ -112,7 +114,8 @@ def cut(model: PreTrainedModel, own: range, index: int, count: int) -> Stage:
             layers[number] = PassThrough(layer)
     if not last:
         for path in plan.after:
-            base.set_submodule(path, PassThrough(base.get_submodule(path)))
+            if (absent := find(base, path)) is not None:
+                base.set_submodule(path, PassThrough(absent))
         head = model.get_output_embeddings()
         if head is not None:
             path = next(name for name, module in model.named_modules() if module is head)

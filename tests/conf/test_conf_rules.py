@@ -114,6 +114,8 @@ CASES = [
     ([PP, "parallel.pipeline_split=[1,2,1]"], "parallel.pipeline_split", [PP, "parallel.pipeline_split=[1,3]"], CPU),
     ([PP, "parallel.pipeline_split=[0,4]"], "parallel.pipeline_split", [PP, "parallel.pipeline_split=[2,2]"], CPU),
     (["parallel=sequence", "data.seq_length=255"], "data.seq_length", ["parallel=sequence"], CPU),
+    (["parallel=sequence", "model.attention=eager"], "model.attention",
+     ["parallel=sequence", "model.attention=sdpa"], CPU),
     (["parallel=tensor", "optimizer=muon", "optimizer.gradient_clipping=0"], "optimizer.name", ["parallel=tensor"],
      CPU),
     ([PP, "train.compile=true"], "train.compile", ["train.compile=true"], CPU),

@@ -1,0 +1,78 @@
+"""All layouts of a world size: the legal ones with their predicted time, the others with the reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from conf.batch import Layout, resolve_batch, sizes
+from conf.environment import Environment
+from conf.errors import RequestError
+from conf.rules import check
+from conf.schema import BatchConfig, Config, ParallelConfig
+from launch.planner.model_shape import ModelShape
+from launch.planner.plan import make_plan
+
+ASSUMED = {"cuda": (4e14, 2e11), "cpu": (1e11, 2e9)}
+"""(FLOP/s, bytes/s) of one rank when nobody says: 40% of an H100's bf16 peak over NVLink; a core over shared memory."""
+
+ShapeOf = Callable[[ParallelConfig], ModelShape]
+"""The model's shape in a layout. Raises RequestError where the model itself forbids it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout: a plan with `seconds` per step, or the reasons why it is illegal."""
+
+    layout: Layout
+    seconds: float
+    plan: dict[str, Any] | None
+    why_not: tuple[str, ...] = ()
+
+
+def layouts(world: int) -> Iterator[Layout]:
+    """Every way to write `world` as data × tensor × pipeline × sequence."""
+    for tensor in _divisors(world):
+        for pipeline in _divisors(world // tensor):
+            for sequence in _divisors(world // tensor // pipeline):
+                data = world // tensor // pipeline // sequence
+                yield Layout(world, data, tensor, pipeline, sequence)
+
+
+def search(
+    cfg: Config, world: int, environment: Environment, shape_of: ShapeOf, device: str, rate: float, bandwidth: float
+) -> list[Candidate]:
+    """Candidates, the fastest first, then the illegal ones.
+
+    The global batch stays; the micro batch too where it can. Predicted: arithmetic at `rate` FLOP/s per rank,
+    stretched by the bubble, and after it the busiest rank's bytes at `bandwidth`, as if nothing overlapped.
+    """
+    found = [_candidate(cfg, layout, environment, shape_of, device, rate, bandwidth) for layout in layouts(world)]
+    return sorted(found, key=lambda candidate: (candidate.plan is None, candidate.seconds))
+
+
+def _candidate(
+    cfg: Config, layout: Layout, environment: Environment, shape_of: ShapeOf, device: str, rate: float, bandwidth: float
+) -> Candidate:
+    trial = copy.deepcopy(cfg)
+    trial.parallel = ParallelConfig(layout.tensor, layout.pipeline, layout.sequence)
+    size, micro, _ = sizes(cfg.batch)
+    try:
+        micro = next((m for m in range(min(micro, size), 0, -1) if size % (m * layout.data) == 0), micro)
+        trial.batch = resolve_batch(BatchConfig(size, micro, None), layout)
+        wrong = check(trial, layout, environment)
+        shape = shape_of(trial.parallel) if not wrong else None
+    except RequestError as error:
+        wrong, shape = error.problems, None
+    if shape is None:
+        return Candidate(layout, float("inf"), None, tuple(problem.rule for problem in wrong))
+    plan = make_plan(trial, layout, shape, {}, device)
+    arithmetic = plan["flops_per_step"] / layout.world / rate / (1.0 - plan["bubble"])
+    sent = plan["bytes_sent_per_rank_and_step"]["total"] / bandwidth
+    return Candidate(layout, arithmetic + sent, plan)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

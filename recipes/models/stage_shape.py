@@ -1,0 +1,173 @@
+"""The shape of what one rank holds in a layout: a pipeline stage of a model whose matrices are divided.
+
+The model on the meta device is divided by the very code that divides it for training, and then watched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from conf.schema import ParallelConfig
+from recipes.models.collectives import RankGroup
+from recipes.models.costs import layer_costs
+from recipes.models.layouts import split
+from recipes.models.plans import pipeline_plan
+from recipes.models.stages import is_tied, ranges
+from recipes.models.tensor_parallel import shard, take_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from recipes.models.shape import Activations, ModelShape
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one sequence that tensor ranks reduce or gather in one forward and one backward pass of a stage."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pipeline stage, as one of its tensor ranks sees it."""
+
+    shape: ModelShape
+    """Its own numbers: parameters of this rank, layers of this stage, `vocab` columns of the head (0 without one)."""
+    layers: tuple[int, int]
+    """First layer and the one after the last."""
+    cost: float
+    """Multiply-adds per token of the stage, all tensor ranks together."""
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Layers of each stage, and what the layers, the embedding and the head cost (`layer_costs`)."""
+
+    stages: list[range]
+    costs: tuple[list[float], float, float]
+
+
+class Imagined(RankGroup):
+    """Tensor ranks that are not there: the shapes of their collectives, and how many bytes these move."""
+
+    def __init__(self, size: int):
+        super().__init__(None, 0, size)
+        self.moved: list[tuple[str, int]] = []
+        self._seen: torch.Tensor | None = None
+
+    def _note(self, direction: str, x: torch.Tensor) -> None:
+        self.moved.append((direction, x.numel() * x.element_size()))
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        if x is not self._seen:
+            self._note("backward", x)
+            self._seen = x
+        return x
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        self._note("forward", x)
+        return x
+
+    def gather(self, x: torch.Tensor, length: int) -> torch.Tensor:
+        whole = x.new_empty(*x.shape[:-1], length)
+        self._note("forward", whole)
+        return whole
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        self._note("backward", x)
+        return x[..., self.part(x.shape[-1])]
+
+
+def divide_on_meta(network: PreTrainedModel, size: int) -> Imagined | None:
+    """Give `network` the share of the first of `size` tensor ranks, the one with the most."""
+    if size == 1:
+        return None
+    ranks = Imagined(size)
+    shard(network, ranks)
+    take_shares(list(network.parameters()), ranks)
+    return ranks
+
+
+def parts(
+    network: PreTrainedModel, shape: ModelShape, activations: Activations | None, traffic: Traffic,
+    plan: StagePlan, parallel: ParallelConfig,
+) -> tuple[Part, ...]:  # fmt: skip
+    """The stages of a divided network. `shape` is that of the whole model, `activations` and `traffic` are traced on
+    the divided one, `plan` was made of the whole one."""
+    own, (per_layer, before, after) = plan.stages, plan.costs
+    held = [_held(network, layers, index, len(own)) for index, layers in enumerate(own)]
+    found = []
+    for index, layers in enumerate(own):
+        first, last = index == 0, index == len(own) - 1
+        tensors = held[index]
+        layer_sizes = shape.layer_parameters and [
+            sum(p.numel() for p in layer.parameters()) for layer in _layers(network, parallel)
+        ]
+        table, head = network.get_input_embeddings(), network.get_output_embeddings()
+        table_size = sum(p.numel() for p in table.parameters()) if first or (last and is_tied(network)) else 0
+        head_size = sum(p.numel() for p in head.parameters()) if head is not None and last and not shape.tied else 0
+        local = replace(
+            shape,
+            parameters=sum(torch.Size(dimensions).numel() for _, dimensions in tensors),
+            embedding=table_size,
+            head=head_size,
+            layers=len(layers),
+            layer_parameters=tuple(layer_sizes[i] for i in layers) if layer_sizes else (),
+            tensors=tensors,
+            vocab=-(-shape.vocab // parallel.tensor) if last else 0,
+            activations=activations
+            and replace(
+                activations,
+                layers=tuple(activations.layers[i] for i in layers),
+                outside=activations.outside if first else 0,
+            ),
+        )
+        share = len(layers) / max(1, len(per_layer))
+        moved = Traffic(round(traffic.forward * share), round(traffic.backward * share))
+        cost = sum(per_layer[i] for i in layers) + before * first + after * last
+        found.append(Part(local, (layers.start, layers.stop), cost, moved))
+    return tuple(found)
+
+
+def _layers(network: PreTrainedModel, parallel: ParallelConfig) -> list[torch.nn.Module]:
+    if parallel.pipeline == 1:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return list(network.base_model.get_submodule(pipeline_plan(network).layers).children())
+
+
+def _held(network: PreTrainedModel, layers: range, index: int, count: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(name, shape) of the parameters of a stage."""
+    if count == 1:
+        return tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
+    plan, prefix = pipeline_plan(network), f"{network.base_model_prefix}."
+    tied = is_tied(network)
+    table = network.get_input_embeddings()
+    held = []
+    for name, parameter in network.named_parameters():
+        inside = name.removeprefix(prefix)
+        if inside.startswith(f"{plan.layers}."):
+            mine = int(inside.removeprefix(f"{plan.layers}.").split(".")[0]) in layers
+        elif any(inside.startswith(f"{path}.") for path in plan.before):
+            tied_copy = tied and index == count - 1 and any(parameter is own for own in table.parameters())
+            mine = index == 0 or tied_copy
+        else:
+            mine = index == count - 1
+        if mine:
+            held.append((name, tuple(parameter.shape)))
+    return tuple(held)
+
+
+def stage_plan(network: PreTrainedModel, parallel: ParallelConfig) -> StagePlan:
+    """The stages of a network that is still whole, which need not have a pipeline plan if they are one."""
+    if parallel.pipeline > 1:
+        return StagePlan(ranges(split(network, parallel)), layer_costs(network))
+    costs = [float(sum(p.numel() for p in layer.parameters())) for layer in _layers(network, parallel)]
+    return StagePlan([range(len(costs))], (costs, 0.0, 0.0))

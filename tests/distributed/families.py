@@ -1,0 +1,174 @@
+"""Every causal-LM family of transformers, tiny, in three layouts: the table of docs/models.md.
+
+python tests/distributed/families.py            # all families, writes docs/models.md (about 20 minutes on two cores)
+python tests/distributed/families.py llama opt  # these only, printed
+"""
+
+# ruff: noqa: E402 - started as a script, it first puts the suite on sys.path
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [
+    path for path in (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/distributed")) if path not in sys.path
+]
+
+import torch
+from layouts import Case, errors, train
+from ranks import run_ranks
+from tiny import VOCABULARY
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from conf.schema import ParallelConfig
+from recipes.models.layouts import problems
+
+LAYOUTS = {"pipeline 2": (1, 2), "tensor 2": (2, 1), "pipeline 2 × tensor 2": (2, 2)}
+"""Name → (tensor, pipeline)."""
+RELATIVE = 1e-5
+STEPS = 2
+TINY: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "word_embed_proj_dim", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_hidden_size"), 32),
+    **dict.fromkeys(("moe_num_experts", "num_experts_per_layer"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "global_head_dim"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 16),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), 6),
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout", "embd_pdrop", "resid_pdrop",
+         "attn_pdrop", "activation_dropout", "attention_probs_dropout_prob", "emb_dropout_prob", "layerdrop",
+         "embedding_dropout", "attn_dropout", "summary_first_dropout", "resid_dropout", "ffn_dropout", "router_jitter_noise"),
+        0.0,
+    ),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    "vocab_size": VOCABULARY, "rotary_dim": 4, "qk_head_dim": 16, "max_window_layers": 4, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+"""What makes a family small; attributes that it does not have are left out."""
+
+
+def families() -> list[str]:
+    """`model_type` of every causal language model of the installed transformers."""
+    return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING]
+
+
+def tiny_options(kind: str) -> dict[str, Any]:
+    """transformers configuration of a tiny model of a family. Raises whatever the family raises."""
+    known = CONFIG_MAPPING[kind]().to_dict()
+    names = {*known, *CONFIG_MAPPING[kind].attribute_map}
+    options = {name: value for name, value in TINY.items() if name in names}
+    if known.get("num_key_value_heads") is None:
+        options.pop("num_key_value_heads", None)
+    for name in ("sliding_window", "attention_chunk_size", "q_lora_rank", "n_inner"):
+        if known.get(name) is None:
+            options.pop(name, None)
+    if isinstance(known.get("rope_parameters"), dict):
+        kept = {k: v for k, v in known["rope_parameters"].items() if k in ("rope_theta", "partial_rotary_factor")}
+        options["rope_parameters"] = {"rope_type": "default", **kept}
+    if isinstance(known.get("layer_types"), list):
+        pattern = list(dict.fromkeys(known["layer_types"]))
+        options["layer_types"] = [pattern[i % len(pattern)] for i in range(4)]
+    for name in ("mlp_layer_types", "layers_block_type"):
+        if isinstance(known.get(name), list):
+            pattern = list(dict.fromkeys(known[name]))
+            options[name] = [pattern[i % len(pattern)] for i in range(4)]
+    return options
+
+
+def build_on_meta(kind: str, options: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options))
+
+
+def examine(kind: str) -> dict[str, str]:
+    """{layout: "" when the gradients are right, else why not} of one family."""
+    try:
+        options = tiny_options(kind)
+        network = build_on_meta(kind, options)
+        if sum(p.numel() for p in network.parameters()) > 3_000_000:
+            raise ValueError("no tiny model: its configuration nests others")
+    except Exception as error:
+        why = " ".join(str(error).split())[:90] or type(error).__name__
+        return dict.fromkeys(LAYOUTS, f"cannot be built tiny: {why}")
+    verdicts = {}
+    for name, (tensor, pipeline) in LAYOUTS.items():
+        refused = problems(network, ParallelConfig(tensor=tensor, pipeline=pipeline))
+        verdicts[name] = "; ".join(problem.rule for problem in refused) or run(kind, options, tensor, pipeline)
+    return verdicts
+
+
+def run(kind: str, options: dict[str, Any], tensor: int, pipeline: int) -> str:
+    """Why a layout's gradients are not those of one process, or nothing."""
+    case = Case(json.dumps({"type": kind, **options}), 1, 1, tensor, pipeline, 1, accumulation=2, packed=False)
+    try:
+        ranks = run_ranks(case.world, train, [case], STEPS, timeout_s=90)
+        worst = errors(case, [rank[0] for rank in ranks], STEPS)
+    except (AssertionError, TimeoutError) as error:
+        return str(error).strip().splitlines()[-1][:120]
+    except Exception as error:
+        return f"alone: {type(error).__name__}: {' '.join(str(error).split())[:90]}"
+    what = max(worst, key=lambda key: worst[key])
+    return "" if worst[what] < RELATIVE else f"{what} off by {worst[what]:.0e}"
+
+
+def document(found: dict[str, dict[str, str]]) -> str:
+    """docs/models.md."""
+    import importlib.metadata
+
+    version = importlib.metadata.version
+    counts = {name: sum(not verdicts[name] for verdicts in found.values()) for name in LAYOUTS}
+    lines = [
+        "# Model families",
+        "",
+        "Which of transformers' causal language models run in which layout. Printed by `python "
+        "tests/distributed/families.py`, which trains a",
+        "tiny model of each family for two steps and compares every parameter's gradient before clipping with one",
+        f"process's (relative {RELATIVE:g}, fp32, ZeRO-1, accumulation 2). transformers {version('transformers')}, "
+        f"deepspeed {version('deepspeed')}, torch {version('torch')}.",
+        "",
+        f"{', '.join(f'{name}: {count} families' for name, count in counts.items())}; {len(found)} were looked at. "
+        "Data parallelism, with every ZeRO stage, needs no plan.",
+        "",
+        "| family | " + " | ".join(LAYOUTS) + " |",
+        "| --- |" + " --- |" * len(LAYOUTS),
+    ]
+    some = {kind: verdicts for kind, verdicts in found.items() if not all(verdicts.values())}
+    for kind, verdicts in sorted(some.items()):
+        lines.append(f"| {kind} | " + " | ".join("no" if verdicts[name] else "yes" for name in LAYOUTS) + " |")
+    lines += ["", "## Why not", ""]
+    for kind, verdicts in sorted(found.items()):
+        reasons: dict[str, list[str]] = {}
+        for name, why in verdicts.items():
+            if why:
+                reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            which = "" if len(names) == len(LAYOUTS) else f" ({', '.join(names)})"
+            lines.append(f"- {kind}{which}: {why}")
+    return "\n".join(lines) + "\n"
+
+
+def main(kinds: list[str]) -> None:
+    import conftest  # noqa: F401 - the suite's settings: CPU, one thread
+
+    found = {}
+    for kind in kinds or families():
+        found[kind] = examine(kind)
+        print(kind, found[kind], file=sys.stderr, flush=True)
+    if kinds:
+        print(document(found))
+    else:
+        (ROOT / "docs" / "models.md").write_text(document(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
