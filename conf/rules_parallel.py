@@ -70,6 +70,17 @@ def optimizer(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
         yield Problem("optimizer.name", name, rule, "optimizer=adamw, or parallel.tensor=1")
 
 
+def expert(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """Experts are not dealt out: the engine would put its own modules in the place of the family's."""
+    degree = cfg.parallel.expert
+    if degree != 1:
+        rule = (
+            "DeepSpeed 0.19.8 deals out experts by replacing the family's modules and names by its own; experts stay "
+            "with their model here, and tensor ranks cut each expert's matrices"
+        )
+        yield Problem("parallel.expert", str(degree), rule, "parallel.expert=1 parallel.tensor=2")
+
+
 def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """Combinations that no test has shown to give the right gradients."""
     parallel = cfg.parallel
@@ -88,4 +99,4 @@ def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
 
 WRAPPED = ("sdpa", "flash_attention_2", "flash_attention_3")
 
-RULES = (pipeline_stage, pipeline_split, sequence_length, sequence_attention, optimizer, untested)
+RULES = (pipeline_stage, pipeline_split, sequence_length, sequence_attention, optimizer, expert, untested)

@@ -213,6 +213,8 @@ class ParallelConfig:
     """Stages that the layers are cut into."""
     sequence: int = 1
     """Ranks that share each sequence."""
+    expert: int = 1
+    """Ranks that share the experts of a mixture. Not in this version: 1; `tensor` cuts each expert's matrices."""
     pipeline_split: list[int] | None = None
     """Layers of each pipeline stage; null: stages of equal cost, embedding and head included."""
 

@@ -43,7 +43,8 @@ class StepResult:
 
     loss: mean over all supervised targets of the global batch. grad_norm: L2 norm of the whole gradient before
     clipping, or None where the engine does not measure it. lr: learning rate of this step. tokens: real (unpadded)
-    tokens of the global batch. applied: False where dynamic fp16 loss scaling skipped the update.
+    tokens of the global batch. applied: False where dynamic fp16 loss scaling skipped the update. bubble: idle share of
+    the pipeline's stages, their mean, as measured; None without a pipeline.
     """
 
     loss: float
@@ -52,6 +53,7 @@ class StepResult:
     tokens: int
     supervised: int
     applied: bool
+    bubble: float | None = None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -190,7 +192,10 @@ class Engine:
         if not applied and not self._dynamic_scale:
             raise NonFiniteError(f"gradient norm is {norm}")
         grad_norm = None if self._norm_is_of_update else norm
-        return StepResult(total / supervised, grad_norm, lr, int(tokens), int(supervised), applied)
+        return StepResult(total / supervised, grad_norm, lr, int(tokens), int(supervised), applied, self._bubble())
+
+    def _bubble(self) -> float | None:
+        return None
 
     def _run(
         self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
@@ -395,9 +400,9 @@ class StagedEngine(Engine):
         dist.recv(value, src=source)
         return value
 
-    def bubble(self) -> float | None:
-        """Measured idle share of this stage in the last step."""
-        return self._clock.bubble() if self._clock is not None else None
+    def _bubble(self) -> float | None:
+        assert self._clock is not None  # a step was taken
+        return self._sum(self._clock.bubble())[0] / self.layout.world
 
 
 def make_engine(

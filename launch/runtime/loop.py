@@ -99,6 +99,7 @@ def run(
                 "tokens_per_s": result.tokens / seconds,
                 "step_s": seconds,
                 "peak_memory_bytes": engine.peak_memory_bytes(),
+                **({} if result.bubble is None else {"bubble": result.bubble}),
                 **({} if result.applied else {"skipped": True}),
             }
         )

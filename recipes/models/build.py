@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ from conf.schema import ModelConfig, ParallelConfig
 
 OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Taken by transformers 5 and kept under other names."""
+
+CONSTRUCTED_ELEMENTS = 2**16
+"""Largest parameter whose value from the constructor is remembered: vectors and scalars."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Every configuration may have them, though some families (CodeGen) do not name all of them."""
 
 Place = Callable[[list[nn.Parameter]], None]
 """Called with a block's parameters once they are whole and final; may shard them (tensor parallelism, ZeRO-3)."""
@@ -49,7 +54,7 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
         near = did_you_mean(model_type, CONFIG_MAPPING)
         rule = "not a model family of transformers"
         raise RequestError(Problem("model.type", model_type, rule, f"model.type={near}" if near else "")) from None
-    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES} - {"model_type", "use_cache"}
+    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES, *SPECIAL} - {"model_type", "use_cache"}
     wrong = [
         Problem(f"model.config.{key}", str(value), f"{model_type} has no such attribute", _near(key, names))
         for key, value in config.items()
@@ -118,7 +123,9 @@ def _materialise(module: nn.Module, device: torch.device, recurse: bool) -> None
     for child in module.modules() if recurse else [module]:
         for name, parameter in child.named_parameters(recurse=False):
             if parameter.is_meta:
-                fresh = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+                # Not a number: whatever the family does not initialise must not pass for a value.
+                empty = torch.full_like(parameter, float("nan"), device=device)
+                fresh = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 fresh.__dict__.update(parameter.__dict__)
                 fresh.__dict__["_is_hf_initialized"] = False
                 setattr(child, name, fresh)
@@ -129,10 +136,34 @@ def on_meta(hf_class: Any, config: PretrainedConfig, *, dtype: torch.dtype, atte
 
     Its buffers (rotary frequencies, causal masks) are computed for real: small, and not every family can redo them.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
+    with _parameters_on_meta():
         return hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter registered inside goes to the meta device.
+
+    Small ones that a family makes with their values (`nn.Parameter(torch.zeros(n))`) and never touches again in its
+    `_init_weights` remember them, as `constructed`. torch's own modules initialise by calls, not here.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is None or parameter.is_meta:
+            return
+        fresh = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        fresh.__dict__.update(parameter.__dict__)
+        if parameter.numel() <= CONSTRUCTED_ELEMENTS and not type(module).__module__.startswith("torch.nn"):
+            fresh.__dict__["constructed"] = parameter.detach().clone()
+        module._parameters[name] = fresh
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def from_scratch(
@@ -167,6 +198,7 @@ def from_scratch(
             for module in reversed(list(block.modules())) if whole else [block]:
                 module.__dict__["_is_hf_initialized"] = False
                 model._initialize_weights(module)
+            _take_constructed(model, name, block, whole)
             if place is not None:
                 place([parameter for _, parameter in block.named_parameters(recurse=whole)])
     model.tie_weights(recompute_mapping=False)  # a stage without a head has nothing to tie
@@ -174,6 +206,22 @@ def from_scratch(
     if left:
         raise RuntimeError(f"{type(model).__name__}: parameters without memory after building: {left[:5]}")
     return model.to(device) if device.type != "cpu" and place is None else model  # type: ignore[arg-type]
+
+
+def _take_constructed(model: PreTrainedModel, block: str, module: nn.Module, recurse: bool) -> None:
+    """Values that the family gives in its constructors. Raises RequestError where it gives none at all."""
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if not parameter.isnan().any():
+            continue
+        value = vars(parameter).get("constructed")
+        if value is None:
+            rule = (
+                f"{model.config.model_type} does not initialise {block}.{name}: it cannot be trained from scratch here"
+            )
+            raise RequestError(
+                Problem("model.type", model.config.model_type, rule, "model.path=… (pretrained weights)")
+            )
+        parameter.copy_(value)
 
 
 def from_pretrained(

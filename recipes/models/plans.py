@@ -29,6 +29,8 @@ class PipelinePlan:
     """The list of layers that is divided."""
     after: tuple[str, ...]
     """On the last stage: the last norm; the head, outside the base model, is there anyway."""
+    pair: bool = False
+    """A layer returns its hidden states and attention weights, not the former alone."""
 
 
 PIPELINE_PLANS: dict[str, PipelinePlan] = {
@@ -42,13 +44,13 @@ PIPELINE_PLANS: dict[str, PipelinePlan] = {
     "persimmon": PipelinePlan(("embed_tokens",), "layers", ("final_layernorm",)),
     "gpt2": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",)),
     "gpt_bigcode": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",)),
-    "gpt_neo": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",)),
-    "gptj": PipelinePlan(("wte", "drop"), "h", ("ln_f",)),
-    "codegen": PipelinePlan(("wte", "drop"), "h", ("ln_f",)),
-    "bloom": PipelinePlan(("word_embeddings", "word_embeddings_layernorm"), "h", ("ln_f",)),
-    "falcon": PipelinePlan(("word_embeddings",), "h", ("ln_f",)),
-    "mpt": PipelinePlan(("wte",), "blocks", ("norm_f",)),
-    "gpt_neox_japanese": PipelinePlan(("embed_in",), "layers", ("final_layer_norm",)),
+    "gpt_neo": PipelinePlan(("wte", "wpe", "drop"), "h", ("ln_f",), pair=True),
+    "gptj": PipelinePlan(("wte", "drop"), "h", ("ln_f",), pair=True),
+    "codegen": PipelinePlan(("wte", "drop"), "h", ("ln_f",), pair=True),
+    "bloom": PipelinePlan(("word_embeddings", "word_embeddings_layernorm"), "h", ("ln_f",), pair=True),
+    "falcon": PipelinePlan(("word_embeddings",), "h", ("ln_f",), pair=True),
+    "mpt": PipelinePlan(("wte",), "blocks", ("norm_f",), pair=True),
+    "gpt_neox_japanese": PipelinePlan(("embed_in",), "layers", ("final_layer_norm",), pair=True),
     "opt": PipelinePlan(
         ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
         "decoder.layers",
@@ -72,6 +74,13 @@ TENSOR_PLANS: dict[str, dict[str, str]] = {
 
 Beside transformers' styles: `fused_qkv`, three matrices of equal width in one, and `divide:NAME`, an attribute of the
 module that counts what is divided."""
+
+
+TENSOR_ADDITIONS: dict[str, dict[str, str]] = {
+    # The activation's own two numbers see this rank's columns only; transformers 5.23 has them as replicated.
+    "apertus": {"layers.*.mlp.act_fn": "replicated_with_grad_allreduce"},
+}
+"""What is missing in a plan of transformers 5.23, found by comparing gradients."""
 
 
 def pipeline_plan(model: PreTrainedModel) -> PipelinePlan:
@@ -114,6 +123,7 @@ def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
     if not base:
         raise NoPlanError(f"transformers has no tensor-parallel plan for {config.model_type}")
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    base = {**base, **TENSOR_ADDITIONS.get(config.model_type, {})}
     plan = {f"{prefix}{name}": style for name, style in base.items()}
     return {**plan, **(getattr(type(model), "_tp_plan", None) or {})}
 

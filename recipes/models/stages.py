@@ -23,17 +23,19 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class PassThrough(nn.Module):
-    """In place of a module of another stage: returns its first argument."""
+    """In place of a module of another stage: returns its first argument, with a None behind it in a `pair`."""
 
-    def __init__(self, absent: nn.Module):
+    def __init__(self, absent: nn.Module, pair: bool = False):
         super().__init__()
+        self._pair = pair
         # Families look at attributes of their layers (`attention_type`) before they call them.
         for name, value in vars(absent).items():
             if isinstance(value, PLAIN) and not name.startswith("_") and name != "training":
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else next(iter(kwargs.values()))
+        given = args[0] if args else next(iter(kwargs.values()))
+        return (given, None) if self._pair else given
 
 
 class NoEmbedding(nn.Module):
@@ -111,7 +113,7 @@ def cut(model: PreTrainedModel, own: range, index: int, count: int) -> Stage:
                 base.set_submodule(path, placeholder)
     for number, layer in enumerate(layers):
         if number not in own:
-            layers[number] = PassThrough(layer)
+            layers[number] = PassThrough(layer, plan.pair)
     if not last:
         for path in plan.after:
             if (absent := find(base, path)) is not None:

@@ -184,6 +184,19 @@ def _identity_expert(module: nn.Module, ranks: RankGroup) -> dict[str, Cut]:
     return {}
 
 
+def _latent_keys(module: Any, ranks: RankGroup) -> dict[str, Cut]:
+    """Multi-head latent attention (DeepSeek-V2): the rotary part of the output goes to each rank's heads uncut, so that
+    its gradient is a part; the rest goes through a column-parallel layer, which sums it."""
+    before, rotary = module.forward, module.config.qk_rope_head_dim
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        latent, rope = before(x).tensor_split([-rotary], dim=-1)
+        return torch.cat([latent, ranks.copy(rope)], dim=-1)
+
+    module.forward = forward
+    return {}
+
+
 def _all_reduce(module: nn.Module, ranks: RankGroup) -> dict[str, Cut]:
     before = module.forward
     module.forward = lambda *args, **kwargs: ranks.sum(before(*args, **kwargs))
@@ -206,6 +219,7 @@ MODULE_STYLES: dict[str, Style] = {
     "replicated_with_grad_allreduce": _partial_gradient,
     "moe_tp_experts": _experts,
     "moe_identity_expert": _identity_expert,
+    "mla_kv_a_proj": _latent_keys,
     "all_reduce": _all_reduce,
     "local_params": _nothing,
     "replicate": _nothing,
@@ -254,6 +268,8 @@ def shard(model: PreTrainedModel, ranks: RankGroup) -> None:
         if module is table or module is head:
             continue
         style = plan.get(_generic(name))
+        if style == "mla_kv_a_proj":
+            vars(module)["config"] = model.config.get_text_config()  # as transformers does
         # A stage has no parameters where other stages have layers.
         if style == "moe_identity_expert" or (style and next(module.parameters(), None) is not None):
             cuts |= {f"{name}.{own}": cut for own, cut in _styled(MODULE_STYLES, style, name)(module, ranks).items()}

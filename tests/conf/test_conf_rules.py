@@ -122,6 +122,7 @@ CASES = [
     ([PP, "zero.offload_optimizer=cpu"], "zero.offload_optimizer", ["zero=stage2", "zero.offload_optimizer=cpu"], CPU),
     (["parallel=tensor", "zero=stage3", "zero.quantized_weights=true"], "zero.quantized_weights",
      ["parallel=tensor", "zero=stage3"], GPU),
+    (["parallel.expert=2"], "parallel.expert", ["parallel.expert=1"], CPU),
     (["parallel.tensor=3"], "parallel.tensor", [], CPU),
     # rules_data
     (["data=text"], "data.path", ["data=text", "data.path=notes.txt"], CPU),

@@ -139,8 +139,11 @@ def reference(model: str, packed: bool, steps: int = STEPS) -> tuple[list[Any], 
     return done, held_out
 
 
-def errors(case: Case, ranks: list[Any], steps: int = STEPS) -> dict[str, float]:
-    """Largest relative errors over all steps: loss, norm, the gradient of one parameter (L2), held-out loss."""
+def errors(case: Case, ranks: list[Any], steps: int = STEPS, blame: dict[str, float] | None = None) -> dict[str, float]:
+    """Largest relative errors over all steps: loss, norm, the gradient of one parameter (L2), held-out loss.
+
+    `blame` gets the largest error of each parameter's gradient.
+    """
     expected, held_out0 = reference(case.model, case.packed, steps)
     worst = dict.fromkeys(("loss", "norm", "gradient", "held_out"), 0.0)
     for rows, held_out in ranks:
@@ -157,10 +160,13 @@ def errors(case: Case, ranks: list[Any], steps: int = STEPS) -> dict[str, float]
                 seen[name] = gradient
         assert seen.keys() == gradients0.keys(), sorted(seen.keys() ^ gradients0.keys())
         # Relative to the parameter's gradient; one that is all rounding (a key bias) is measured against the largest.
-        floor = 1e-6 * max(np.linalg.norm(g) for g in gradients0.values())
+        floor = 1e-5 * max(np.linalg.norm(g) for g in gradients0.values())
         for name, gradient in seen.items():
             scale = max(np.linalg.norm(gradients0[name]), floor)
-            worst["gradient"] = max(worst["gradient"], np.linalg.norm(gradient - gradients0[name]) / scale)
+            error = float(np.linalg.norm(gradient - gradients0[name]) / scale)
+            worst["gradient"] = max(worst["gradient"], error)
+            if blame is not None:
+                blame[name] = max(blame.get(name, 0.0), error)
     return worst
 
 
