@@ -255,19 +255,28 @@ def check_same_work(part: str, results: dict[str, Result], precision: str) -> No
             raise SystemExit(f"error: {contender.name} ends at loss {loss:.4f}, {contender.against} at {other:.4f}")
 
 
-def setting(cfg: Config, options: dict[str, str], argv: list[str], device: str | None) -> str:
-    """What a reader must know to judge the numbers: command, machine, versions, commit, date."""
+def processor() -> str:
+    """Name and usable cores of this machine's processor."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found.group(1) if found else platform.processor() or platform.machine()}, {cores} cores"
+
+
+def commit() -> str:
+    """What is measured: the commit, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
 
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    processor = found.group(1) if found else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return git("rev-parse", "--short", "HEAD") + changed
+
+
+def setting(cfg: Config, options: dict[str, str], argv: list[str], device: str | None) -> str:
+    """What a reader must know to judge the numbers: command, machine, versions, commit, date."""
     layout = Layout.of(int(options["ranks"]), cfg.parallel)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     turns = f"{options['starts']} starts × {options['rounds']} rounds × {options['steps']} steps"
     return "\n".join(
         [
@@ -275,10 +284,10 @@ def setting(cfg: Config, options: dict[str, str], argv: list[str], device: str |
             "",
             f"- {options['model']}, {cfg.precision.name}, ZeRO-{cfg.zero.stage}, {batch_line(cfg.batch, layout)}, "
             f"{cfg.data.seq_length} tokens each; {turns}",
-            f"- {device + ', ' if device else ''}{processor}, {cores} cores; {layout.world} ranks × "
+            f"- {device + ', ' if device else ''}{processor()}; {layout.world} ranks × "
             f"{os.environ['OMP_NUM_THREADS']} threads",
             f"- {packages}, Python {platform.python_version()}, {platform.system()}",
-            f"- commit {git('rev-parse', '--short', 'HEAD')}{changed}, {datetime.date.today()}",
+            f"- commit {commit()}, {datetime.date.today()}",
         ]
     )
 

@@ -1,7 +1,8 @@
-"""A run inside a notebook's own process, from the same request and through the same session as the commands."""
+"""Runs from a notebook: in its own process through the session of the commands, or on several ranks by the launcher."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from launch.runtime.console import Terminal
+from launch.runtime.processes import free_port
 from launch.runtime.request import Request
 from launch.runtime.session import train
 
@@ -47,3 +49,21 @@ def run(request: Request) -> dict[str, Any]:
         return train(request, cell)
     finally:
         cell.release()
+
+
+def run_ranks(overrides: list[str], ranks: int) -> Path:
+    """Train `overrides` on several ranks of this machine, by the launcher, and return the run directory.
+
+    A notebook is one process, so the ranks are others. Their output is shown when it is over. Raises RuntimeError with
+    its last lines when the run fails.
+    """
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
+        str(Path(__file__).with_name("train.py")), *overrides,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}\n" + "\n".join((done.stdout + done.stderr).splitlines()[-20:]))
+    said = [line for line in done.stdout.splitlines() if line.startswith(("step ", "held-out loss"))]
+    print("\n".join(said))
+    return Path(next(override for override in overrides if override.startswith("run_dir=")).removeprefix("run_dir="))

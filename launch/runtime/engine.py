@@ -294,11 +294,16 @@ class Engine:
         return join(parameter, share, self.topology.tensor)
 
     def peak_memory_bytes(self) -> int:
-        """Most device memory this rank has held (CUDA: allocator peak; CPU: resident set)."""
+        """Most memory that any rank has held (CUDA: allocator peak; CPU: resident set); a collective call."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
+        most = torch.tensor(peak, dtype=torch.int64, device=self.device)
+        if self.layout.world > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

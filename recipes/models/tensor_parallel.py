@@ -269,7 +269,7 @@ def shard(model: PreTrainedModel, ranks: RankGroup) -> None:
             continue
         style = plan.get(_generic(name))
         if style == "mla_kv_a_proj":
-            vars(module)["config"] = model.config.get_text_config()  # as transformers does
+            module.__dict__["config"] = model.config.get_text_config()  # as transformers does
         # A stage has no parameters where other stages have layers.
         if style == "moe_identity_expert" or (style and next(module.parameters(), None) is not None):
             cuts |= {f"{name}.{own}": cut for own, cut in _styled(MODULE_STYLES, style, name)(module, ranks).items()}
