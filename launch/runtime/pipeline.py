@@ -145,10 +145,21 @@ def watch(engine: Any, clock: Clock, before_step: Callable[[], None]) -> None:
         before_step()
         return step(engine, **kwargs)
 
+    def reduce_tied(engine: Any, **kwargs: Any) -> Any:
+        # deepspeed 0.19.8 passes over a weight whose gradient it does not find (fp16 with ZeRO-1 accumulates in fp32,
+        # elsewhere), in silence: the two copies of a tied embedding would drift apart.
+        for weight, group in engine.module.get_tied_weights_and_groups():
+            gradient = weight._hp_grad if engine.using_bf16_optimizer else weight.grad
+            if gradient is None:
+                gradient = getattr(weight, "grad_accum", None)
+            if gradient is None:
+                raise RuntimeError("the gradient of a tied embedding is nowhere that we know of")
+            dist.all_reduce(gradient, group=group)
+
     # On the instance: the class's map belongs to every pipeline engine of the process.
+    ours = {schedule.OptimizerStep: checked, schedule.ReduceTiedGrads: reduce_tied}
     engine._INSTRUCTION_MAP = {
-        kind: clock.timed(kind, checked if kind is schedule.OptimizerStep else run)
-        for kind, run in engine._INSTRUCTION_MAP.items()
+        kind: clock.timed(kind, ours.get(kind, run)) for kind, run in engine._INSTRUCTION_MAP.items()
     }
 
 

@@ -1,7 +1,10 @@
-"""Which layouts a model can have: the one place that says no, for the plan, for training and for the tests."""
+"""Which layouts a model can have: the one place that says no, for the plan and for training."""
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import Problem
@@ -29,8 +32,33 @@ def split(model: PreTrainedModel, parallel: ParallelConfig) -> list[int]:
     return given
 
 
+@cache
+def verdicts() -> dict[str, dict[str, str]]:
+    """Family → {axis: "" where its gradients were found right, else what was found} (tests/distributed/families.py)."""
+    return json.loads(Path(__file__).with_name("families.json").read_text())
+
+
 def problems(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem]:
-    """What keeps `model` (whole, on the meta device) from being divided as asked; each with a degree that works."""
+    """What keeps `model` (whole, on the meta device) from being divided as asked, or from being trusted to be right."""
+    return structural(model, parallel) or _unproven(model.config.get_text_config().model_type, parallel)
+
+
+def _unproven(family: str, parallel: ParallelConfig) -> list[Problem]:
+    """A plan can be there and wrong: only families whose gradients were compared with one process's are let through."""
+    axes = [axis for axis in ("tensor", "pipeline", "sequence") if getattr(parallel, axis) > 1]
+    asked = ["tensor and pipeline", *axes] if {"tensor", "pipeline"} <= set(axes) else axes
+    known = verdicts().get(family)
+    for axis in asked:
+        why = known.get(axis, "not compared") if known else "this family was not compared"
+        if why:
+            rule = f"{family}: gradients are not known to be right ({why}); docs/models.md lists the families that are"
+            key = axis.split(" ")[0]
+            return [Problem(f"parallel.{key}", str(getattr(parallel, key)), rule, f"parallel.{key}=1")]
+    return []
+
+
+def structural(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem]:
+    """What keeps `model` from being divided as asked; each with a degree that works."""
     found = []
     if parallel.tensor > 1 and (why := _no(tensor_parallel.check, model, parallel.tensor)):
         found.append(_problem("tensor", parallel, why, lambda n: _no(tensor_parallel.check, model, n)))

@@ -55,6 +55,7 @@ class Case:
     checkpointing: int = 0
     packed: bool = True
     precision: str = "fp32"
+    accumulation_dtype: str = "fp32"
 
     @property
     def world(self) -> int:
@@ -69,7 +70,7 @@ def configuration(case: Case) -> tuple[Config, Layout]:
     cfg.optimizer = OptimizerConfig(name="sgd", lr=LR, momentum=MOMENTUM, weight_decay=0.1, gradient_clipping=0.5)
     cfg.zero.stage, cfg.zero.param_persistence_threshold = case.stage, 0
     cfg.train.activation_checkpointing = case.checkpointing
-    cfg.precision.name = case.precision
+    cfg.precision.name, cfg.precision.accumulation_dtype = case.precision, case.accumulation_dtype
     cfg.data.packing = "documents" if case.packed else "none"
     cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.sequence = case.tensor, case.pipeline, case.sequence
     return cfg, Layout.of(case.world, cfg.parallel)
