@@ -1,6 +1,6 @@
-"""Every causal-LM family of transformers, tiny, in three layouts: the table of docs/models.md.
+"""Every causal-LM family of transformers, tiny, in layouts of two ranks an axis, against one process.
 
-python tests/distributed/families.py            # all families, writes docs/models.md (about 20 minutes on two cores)
+python tests/distributed/families.py            # all: docs/models.md and recipes/models/families.json, 20 minutes
 python tests/distributed/families.py llama opt  # these only, printed
 """
 
@@ -25,10 +25,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conf.schema import ParallelConfig
-from recipes.models.layouts import problems
+from recipes.models.layouts import structural
 
-LAYOUTS = {"pipeline 2": (1, 2), "tensor 2": (2, 1), "pipeline 2 × tensor 2": (2, 2)}
-"""Name → (tensor, pipeline)."""
+LAYOUTS = {"pipeline": (1, 2, 1), "tensor": (2, 1, 1), "tensor and pipeline": (2, 2, 1), "sequence": (1, 1, 2)}
+"""Name → (tensor, pipeline, sequence)."""
 RELATIVE = 1e-5
 STEPS = 2
 TINY: dict[str, Any] = {
@@ -105,15 +105,17 @@ def examine(kind: str) -> dict[str, str]:
         why = " ".join(str(error).split())[:90] or type(error).__name__
         return dict.fromkeys(LAYOUTS, f"cannot be built tiny: {why}")
     verdicts = {}
-    for name, (tensor, pipeline) in LAYOUTS.items():
-        refused = problems(network, ParallelConfig(tensor=tensor, pipeline=pipeline))
-        verdicts[name] = "; ".join(problem.rule for problem in refused) or run(kind, options, tensor, pipeline)
+    for name, (tensor, pipeline, sequence) in LAYOUTS.items():
+        refused = structural(network, ParallelConfig(tensor, pipeline, sequence))
+        verdicts[name] = "; ".join(problem.rule for problem in refused) or run(
+            kind, options, tensor, pipeline, sequence
+        )
     return verdicts
 
 
-def run(kind: str, options: dict[str, Any], tensor: int, pipeline: int) -> str:
+def run(kind: str, options: dict[str, Any], tensor: int, pipeline: int, sequence: int) -> str:
     """Why a layout's gradients are not those of one process, or nothing."""
-    case = Case(json.dumps({"type": kind, **options}), 1, 1, tensor, pipeline, 1, accumulation=2, packed=False)
+    case = Case(json.dumps({"type": kind, **options}), 1, 1, tensor, pipeline, sequence, accumulation=2, packed=False)
     try:
         ranks = run_ranks(case.world, train, [case], STEPS, timeout_s=90)
         blame: dict[str, float] = {}
@@ -176,6 +178,8 @@ def main(kinds: list[str]) -> None:
         print(document(found))
     else:
         (ROOT / "docs" / "models.md").write_text(document(found))
+        listing = json.dumps(dict(sorted(found.items())), indent=1, ensure_ascii=False)
+        (ROOT / "recipes" / "models" / "families.json").write_text(listing + "\n")
 
 
 if __name__ == "__main__":
