@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast check format benchmark clean
+.PHONY: help install quickstart test test-fast test-matrix families layouts check format benchmark clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,15 @@ test: $(VENV)/.weights check  ## everything that CI runs
 
 test-fast: $(VENV)/.installed  ## without real launches and trainings, under two minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m "not slow" tests
+
+test-matrix: $(VENV)/.installed  ## every legal layout against one process, about an hour; writes docs/matrix.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/distributed/matrix_report.py $(ARGS)
+
+families: $(VENV)/.installed  ## every causal-LM family in four layouts, 20 minutes; writes docs/models.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/distributed/families.py $(ARGS)
+
+layouts: $(VENV)/.installed  ## one model, every layout: the table of the README
+	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/layouts.py $(ARGS)
 
 check: $(VENV)/.installed  ## formatter, linter, types
 	$(BIN)/ruff check .
