@@ -1,6 +1,7 @@
-"""The three loops that overhead.py compares: same rows, same initial weights, same steps.
+"""The loops that overhead.py compares: same rows, same initial weights, same steps.
 
-Each calls `pause` once when it is built and then after every optimizer step, and returns the trained model.
+Each calls `pause` once when it is built and then after every optimizer step, and returns how to get the loss of the
+trained model on a micro-batch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.batch import Layout
-from conf.schema import Config
+from conf.schema import Config, ParallelConfig
 from recipes.base import Recipe
+
+Loss = Callable[[Any], float]
+"""Mean loss of a trained model on a micro-batch; all ranks call it together."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ class HalfSupervised:
         return row
 
 
-def ours(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
+def ours(job: Job, pause: Callable[[], None]) -> Loss:
     """launch/runtime as `launch/train.py` runs it, metrics.jsonl included; evaluation is kept out of the turns."""
     from launch.runtime import loop
     from launch.runtime.ds_config import ds_config
@@ -99,10 +103,10 @@ def ours(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
             pause()
 
     loop.run(engine, job.recipe, job.cfg, job.layout, job.rank, job.steps, log)
-    return engine.ds
+    return lambda batch: engine.evaluate(iter([batch]))["loss"]
 
 
-def by_hand(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
+def by_hand(job: Job, pause: Callable[[], None]) -> Loss:
     """What one writes without a framework: DDP, autocast below fp32, cross-entropy of all logits, AdamW, clipping."""
     import torch
     from torch.nn import functional as F
@@ -135,10 +139,94 @@ def by_hand(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
         optimizer.step()
         optimizer.zero_grad()
         pause()
-    return raw
+    return loss_of(raw, job)
 
 
-def trainer(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
+def by_hand_pipeline(job: Job, pause: Callable[[], None]) -> Loss:
+    """What DeepSpeed's tutorial shows: a PipelineModule of the model's layers, cut by parameters, mean losses.
+
+    For a Llama with an untied head, on unpacked sequences: more would need more code.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.pipe import PipelineModule
+    from torch import nn
+    from torch.nn import functional as F
+
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.loop import training_batches
+
+    cfg, causal = job.cfg, whole_model(job, job.cfg.precision.name)
+    model = causal.model
+
+    class Layer(nn.Module):
+        def __init__(self, index: int):
+            super().__init__()
+            self.layer, self.rotary = model.layers[index], model.rotary_emb
+
+        def forward(self, hidden: Any) -> Any:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            return self.layer(hidden, position_embeddings=self.rotary(hidden, positions), position_ids=positions)
+
+    layers = [
+        model.embed_tokens,
+        *(Layer(index) for index in range(len(model.layers))),
+        nn.Sequential(model.norm, causal.lm_head),
+    ]
+
+    def loss_fn(logits: Any, labels: Any) -> Any:
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    module = PipelineModule(layers, num_stages=job.layout.pipeline, loss_fn=loss_fn, partition_method="parameters")
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=list(module.parameters()), config=ds_config(cfg, job.layout, job.device.type)
+    )
+
+    def pairs(batches: Any) -> Any:
+        for batch in batches:
+            yield torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["labels"])
+
+    pause()
+    for step in range(job.steps):
+        engine.train_batch(pairs(training_batches(step, 0, job.recipe, cfg, job.layout)))
+        pause()
+    return lambda batch: float(engine.eval_batch(pairs([batch]), num_micro_batches=1))
+
+
+def autotp(job: Job, pause: Callable[[], None]) -> Loss:
+    """DeepSpeed's own automatic tensor parallelism."""
+    import deepspeed
+    import torch
+    from torch.nn import functional as F
+
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.loop import training_batches
+
+    cfg = job.cfg
+    config = ds_config(cfg, job.layout, job.device.type) | {"tensor_parallel": {"autotp_size": job.layout.tensor}}
+    del config["train_batch_size"]  # deepspeed 0.19.8 computes it from all ranks, the tensor ranks included
+    model = deepspeed.tp_model_init(whole_model(job, "fp32"), tp_size=job.layout.tensor, dtype=torch.float32)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+
+    def loss(batch: Any) -> Any:
+        tensors = {name: torch.from_numpy(values).to(job.device) for name, values in batch.items()}
+        return F.cross_entropy(engine(**inputs(tensors)).logits.float().flatten(0, 1), tensors["labels"].flatten())
+
+    pause()
+    for step in range(job.steps):
+        for batch in training_batches(step, 0, job.recipe, cfg, job.layout):
+            engine.backward(loss(batch))
+            engine.step()
+        pause()
+
+    def evaluate(batch: Any) -> float:
+        with torch.no_grad():
+            return float(loss(batch))
+
+    return evaluate
+
+
+def trainer(job: Job, pause: Callable[[], None]) -> Loss:
     """transformers.Trainer on the engine, with our engine configuration; no logging, saving or evaluation."""
     import torch
     import transformers
@@ -193,7 +281,7 @@ def trainer(job: Job, pause: Callable[[], None]) -> Callable[..., Any]:
     )
     loop = transformers.Trainer(whole_model(job, cfg.precision.name), arguments, collate, Rows(), callbacks=[Pause()])
     loop.train()
-    return loop.model_wrapped
+    return loss_of(loop.model_wrapped, job)
 
 
 def whole_model(job: Job, precision: str) -> Any:
@@ -201,8 +289,13 @@ def whole_model(job: Job, precision: str) -> Any:
     from launch.runtime.build import build
     from launch.runtime.topology import topology
 
-    plain = replace(job.cfg, zero=replace(job.cfg.zero, stage=0), precision=replace(job.cfg.precision, name=precision))
-    return build(job.recipe, plain, {}, job.device, topology(job.layout, job.rank)).model.to(job.device)
+    plain = replace(
+        job.cfg,
+        zero=replace(job.cfg.zero, stage=0),
+        precision=replace(job.cfg.precision, name=precision),
+        parallel=ParallelConfig(),
+    )
+    return build(job.recipe, plain, {}, job.device, topology(Layout(1, 1), 0)).model.to(job.device)
 
 
 def inputs(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -211,20 +304,26 @@ def inputs(tensors: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": tensors["input_ids"], **positions, "use_cache": False}
 
 
-def held_out_loss(model: Callable[..., Any], job: Job, rows: Any) -> float:
-    """Mean loss over one micro-batch of held-out rows: equal for all who did the same work."""
+def held_out_batch(job: Job, rows: Any) -> Any:
+    """One micro-batch of held-out rows: its loss is equal for all who did the same work."""
+    size = job.cfg.batch.micro_size
+    return job.recipe.collate([rows.row(i % len(rows)) for i in range(size)], size)
+
+
+def loss_of(model: Callable[..., Any], job: Job) -> Loss:
+    """Mean loss of a whole model."""
     import torch
     from torch.nn import functional as F
 
-    batch = job.recipe.collate(
-        [rows.row(i % len(rows)) for i in range(job.cfg.batch.micro_size)], job.cfg.batch.micro_size
-    )
-    tensors = {name: torch.from_numpy(values).to(job.device) for name, values in batch.items()}
-    with torch.no_grad():
-        logits = model(**inputs(tensors)).logits
-    return float(F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten()))
+    def evaluate(batch: Any) -> float:
+        tensors = {name: torch.from_numpy(values).to(job.device) for name, values in batch.items()}
+        with torch.no_grad():
+            logits = model(**inputs(tensors)).logits
+        return float(F.cross_entropy(logits.float().flatten(0, 1), tensors["labels"].flatten()))
+
+    return evaluate
 
 
-LOOPS: dict[str, Callable[[Job, Callable[[], None]], Callable[..., Any]]] = {
-    "ours": ours, "by_hand": by_hand, "trainer": trainer,
+LOOPS: dict[str, Callable[[Job, Callable[[], None]], Loss]] = {
+    "ours": ours, "by_hand": by_hand, "trainer": trainer, "by_hand_pipeline": by_hand_pipeline, "autotp": autotp,
 }  # fmt: skip

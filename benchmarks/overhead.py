@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from benchmarks.contenders import LOOPS, HalfSupervised, Job, Pause, held_out_loss
+from benchmarks.contenders import LOOPS, HalfSupervised, Job, Pause, held_out_batch
 from conf.batch import Layout, batch_line
 from conf.compose import compose
 from conf.environment import detect
@@ -69,6 +69,9 @@ class Contender:
 
 
 HALF = "default, half the labels"
+BY_HAND, AUTOTP = "PipelineModule by hand", "the engine's AutoTP"
+PLAIN = ("data.packing=blocks", "model.config.tie_word_embeddings=false")
+"""What a PipelineModule of some lines can do."""
 PARTS = {
     "contest": (
         Contender("hand-written DDP", "by_hand", OFF, "hand-written DDP"),
@@ -84,6 +87,12 @@ PARTS = {
         Contender("train.compile=true", "ours", ("train.compile=true",)),
         Contender(HALF, "ours", (), HALF, half=True),
         Contender("train.fused_loss=false, half the labels", "ours", ("train.fused_loss=false",), HALF, half=True),
+    ),
+    "layouts": (
+        Contender(BY_HAND, "by_hand_pipeline", (*PLAIN, "parallel=pipeline"), BY_HAND),
+        Contender("ours, pipeline 2", "ours", (*PLAIN, "parallel=pipeline"), BY_HAND),
+        Contender(AUTOTP, "autotp", (*PLAIN, "parallel=tensor"), AUTOTP),
+        Contender("ours, tensor 2", "ours", (*PLAIN, "parallel=tensor"), AUTOTP),
     ),
 }
 
@@ -110,11 +119,11 @@ def contend(
         if contender.half:
             recipe.train = HalfSupervised(recipe.train)
         job = Job(cfg, recipe, Layout.of(ranks.world, cfg.parallel), device, ranks.rank, steps)
-        model = LOOPS[contender.loop](job, Pause(pipe, device))
+        loss = LOOPS[contender.loop](job, Pause(pipe, device))
         cuda = device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         name = torch.cuda.get_device_name(device) if cuda else None
-        pipe.send({"peak": peak, "device": name, "loss": held_out_loss(model, job, held_out)})
+        pipe.send({"peak": peak, "device": name, "loss": loss(held_out_batch(job, held_out))})
     except BaseException:
         pipe.send(traceback.format_exc())
     # Not through the interpreter's exit: the frameworks wait for each other's threads and process groups there.
