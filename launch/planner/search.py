@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.batch import Layout, resolve_batch, sizes
 from conf.environment import Environment
-from conf.errors import RequestError
+from conf.errors import Problem, RequestError
 from conf.rules import check
 from conf.schema import BatchConfig, Config, ParallelConfig
 from launch.planner.model_shape import ModelShape
@@ -67,11 +67,16 @@ def _candidate(
     except RequestError as error:
         wrong, shape = error.problems, None
     if shape is None:
-        return Candidate(layout, float("inf"), None, tuple(problem.rule for problem in wrong))
+        return Candidate(layout, float("inf"), None, tuple(_why(problem) for problem in wrong))
     plan = make_plan(trial, layout, shape, {}, device)
     arithmetic = plan["flops_per_step"] / layout.world / rate / (1.0 - plan["bubble"])
     sent = plan["bytes_sent_per_rank_and_step"]["total"] / bandwidth
     return Candidate(layout, arithmetic + sent, plan)
+
+
+def _why(problem: Problem) -> str:
+    about_layout = problem.key.startswith(("parallel.", "zero."))
+    return problem.rule if about_layout else f"{problem.key}={problem.value} {problem.rule}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -192,3 +192,31 @@ def test_compiled_layers_change_nothing_but_time() -> None:
     """Under ZeRO-3, where the engine's hooks sit between the compiled layers."""
     plain, compiled = run_ranks(2, step_losses, [{}, {"train__compile": True, "stage": 3}], timeout_s=600)[0]
     np.testing.assert_allclose(compiled, plain, rtol=1e-6)
+
+
+def two_groups(rank: int, world: int) -> list[float]:
+    """Sums over the ranks before and after the process group was closed and made anew."""
+    from launch.runtime import processes
+
+    sums = []
+    for _ in range(2):
+        ranks = processes.Ranks(rank, rank, world, world)
+        processes.join(ranks, "cpu", 1)
+        one = torch.ones(1)
+        deepspeed_sum(one)
+        sums.append(one.item())
+        torch.distributed.barrier()
+        processes.leave()
+    processes.join(ranks, "cpu", 1)  # the helper's own barrier waits at the end
+    return sums
+
+
+def deepspeed_sum(value: torch.Tensor) -> None:
+    from deepspeed import comm
+
+    comm.all_reduce(value)
+
+
+def test_a_second_run_in_one_process_has_its_own_process_group() -> None:
+    """deepspeed 0.19.8 keeps groups that torch's own destroy_process_group has ended."""
+    assert run_ranks(2, two_groups) == [[2.0, 2.0], [2.0, 2.0]]
