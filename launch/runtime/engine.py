@@ -113,6 +113,10 @@ class Engine:
         self.ds.train()
         if self.topology.sequence is not None:  # after the recipe has looked at the model alone
             self._sequence = SequenceParallel(self.module, self.topology.sequence)
+        # Dropout: other masks for other rows, tokens and layers, and the same on all tensor ranks, which share them.
+        place = self.topology.place
+        entropy = [cfg.seed, place.pipeline, place.data, place.sequence]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         if device.type == "cpu":
             memory_stays()
 

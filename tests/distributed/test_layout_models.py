@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from layouts import Case, configuration, errors, train
+from layouts import Case, configuration, errors, reference, train
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import TinyCausalLM, plain_model
 from transformers import AutoModelForCausalLM
+
+from launch.planner.schedule import bubble
 
 pytestmark = pytest.mark.slow
 ROUND_TRIPS = [
@@ -98,3 +101,62 @@ def test_bf16(case: Case) -> None:
     """`errors` also holds the two copies of a tied embedding against each other, bit for bit, at every step."""
     found = errors(case, [rank[0] for rank in run_ranks(case.world, train, [case])])
     assert all(found[what] < limit for what, limit in BF16.items()), found
+
+
+def with_dropout(rank: int, world: int) -> tuple[float, dict[str, np.ndarray]]:
+    """First loss of a GPT-2 with dropout and what each rank holds whole after three steps."""
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.engine import make_engine
+    from launch.runtime.loop import training_batches
+
+    cfg, layout = configuration(Case("gpt2", tensor=world))
+    cfg.model.config |= {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+    recipe = TinyCausalLM(cfg)
+    recipe.prepare()
+    engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 3)
+    losses = [engine.train_step(training_batches(step, 0, recipe, cfg, layout)).loss for step in range(3)]
+    whole = {n: p.detach().numpy() for n, p in engine.module.named_parameters() if not hasattr(p, "tensor_cut")}
+    return losses[0], whole
+
+
+def test_tensor_ranks_drop_the_same() -> None:
+    """Else what they hold whole (norms, biases behind a sum) would drift apart."""
+    (loss, one), (_, other) = run_ranks(2, with_dropout)
+    assert one.keys() == other.keys() and len(one) > 10
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+    expected, _ = reference("gpt2", True)
+    assert abs(loss - expected[0][0]) > 1e-4, "dropout is on"
+
+
+def bubble_of(rank: int, world: int, split: list[int], accumulation: int) -> float:
+    """Measured bubble of a step in which every layer takes 20 ms forward and 20 ms backward."""
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.engine import make_engine
+    from launch.runtime.loop import training_batches
+
+    cfg, layout = configuration(Case("llama", pipeline=world, accumulation=accumulation))
+    cfg.parallel.pipeline_split = split
+    recipe = TinyCausalLM(cfg)
+    recipe.prepare()
+    engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 3)
+
+    def wait(*_: object) -> None:
+        time.sleep(0.02)
+
+    for layer in engine.module.base_model.layers:
+        if next(layer.parameters(), None) is not None:
+            layer.register_forward_hook(wait)
+            layer.register_full_backward_hook(wait)
+    bubbles = [engine.train_step(training_batches(s, 0, recipe, cfg, layout)).bubble for s in range(3)]
+    return min(bubble for bubble in bubbles if bubble is not None)
+
+
+@pytest.mark.parametrize("split, micro_batches", [([2, 2], 4), ([2, 2], 8), ([1, 3], 8), ([1, 1, 1, 1], 8)])
+def test_the_bubble_is_what_the_plan_predicts(split: list[int], micro_batches: int) -> None:
+    """(p-1)/(m+p-1) for equal stages, and the wait for the slowest of unequal ones."""
+    expected = bubble(split, micro_batches)
+    if len(set(split)) == 1:
+        assert expected == pytest.approx((len(split) - 1) / (micro_batches + len(split) - 1))
+    for measured in run_ranks(len(split), bubble_of, split, micro_batches):
+        assert measured == pytest.approx(expected, rel=0.1, abs=0.02)
