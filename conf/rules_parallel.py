@@ -35,15 +35,16 @@ def pipeline_split(cfg: Config, layout: Layout, env: Environment) -> Iterator[Pr
     if split is None:
         return
     value = shown(split)
+    nearest = "parallel.pipeline_split=null (stages of equal cost)"
+    if len(split) > 1 and layout.world % len(split) == 0 and len(split) != stages:
+        nearest = f"parallel.pipeline={len(split)}, or {nearest}"
     if stages == 1:
-        yield Problem("parallel.pipeline_split", value, "there is one stage only", f"parallel.pipeline={len(split)}")
+        yield Problem("parallel.pipeline_split", value, "there is one stage only (parallel.pipeline=1)", nearest)
     elif len(split) != stages:
-        rule = f"has {len(split)} stages, parallel.pipeline={stages}"
-        yield Problem("parallel.pipeline_split", value, rule, f"parallel.pipeline={len(split)}, or null")
+        rule = f"has {len(split)} stage{'s' * (len(split) != 1)}, parallel.pipeline={stages}"
+        yield Problem("parallel.pipeline_split", value, rule, nearest)
     elif min(split) < 1:
-        yield Problem(
-            "parallel.pipeline_split", value, "each stage has at least one layer", "null: stages of equal cost"
-        )
+        yield Problem("parallel.pipeline_split", value, "each stage has at least one layer", nearest)
 
 
 def sequence_length(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -78,7 +79,7 @@ def expert(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             "DeepSpeed 0.19.8 deals out experts by replacing the family's modules and names by its own; experts stay "
             "with their model here, and tensor ranks cut each expert's matrices"
         )
-        yield Problem("parallel.expert", str(degree), rule, "parallel.expert=1 parallel.tensor=2")
+        yield Problem("parallel.expert", str(degree), rule, "parallel.expert=1")
 
 
 def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ a rank), and why the others are illegal.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -32,6 +33,11 @@ def main(argv: list[str]) -> int:
         if request.own[key] not in choices:
             near = did_you_mean(request.own[key], choices) or choices[0]
             raise RequestError(Problem(key, request.own[key], f"one of {', '.join(choices)}", f"{key}={near}"))
+
+    for key in ("rate", "bandwidth"):
+        if request.own[key] and request.own["search"] == "false":
+            rule = "is what layouts are compared by, and there is one"
+            raise RequestError(Problem(key, request.own[key], rule, f"search=true {key}={request.own[key]}"))
 
     # Only now torch, for the model on the meta device; its advice about the model's configuration is not for here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -67,8 +73,11 @@ def show_layouts(request: Request, wanted: str) -> int:
     for key, assumed in zip(("rate", "bandwidth"), ASSUMED[request.device], strict=True):
         try:
             speeds.append(float(request.own[key] or assumed))
+            if not (0 < speeds[-1] < math.inf):
+                raise ValueError
         except ValueError:
-            raise RequestError(Problem(key, request.own[key], "a number per second", f"{key}={assumed:g}")) from None
+            rule = "a number per second, above 0"
+            raise RequestError(Problem(key, request.own[key], rule, f"{key}={assumed:g}")) from None
     found = search(
         cfg, request.layout.world, request.environment.on(request.device),
         lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel), request.device, *speeds,

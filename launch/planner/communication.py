@@ -92,4 +92,7 @@ def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, st
     if layout.pipeline > 1:
         ends = (stage < layout.pipeline - 1) + (stage > 0)  # hidden states onward, their gradients back
         sent["pipeline: hidden states"] = ends * tokens * shape.hidden * weight / layout.tensor
+        if shape.tied and stage in (0, layout.pipeline - 1):
+            copy = shape.vocab * shape.hidden / layout.tensor * element_bytes(cfg.precision.accumulation_dtype)
+            sent["pipeline: tied embedding"] = all_reduce(copy, 2)
     return {name: round(size) for name, size in sent.items()}

@@ -41,7 +41,7 @@ def flops_per_token(shape: ModelShape, seq_length: int) -> float:
     in PaLM, attention is counted over the whole sequence although the causal half would do, and recomputation by
     activation checkpointing is not counted.
     """
-    multiplying = shape.parameters - shape.embedding + (shape.vocab * shape.hidden if shape.tied else 0)
+    multiplying = shape.parameters - shape.idle - shape.embedding + (shape.vocab * shape.hidden if shape.tied else 0)
     return 6.0 * multiplying + 12.0 * shape.layers * shape.heads * shape.head_dim * seq_length
 
 

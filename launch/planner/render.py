@@ -60,11 +60,12 @@ def render_search(found: list[Candidate], speeds: list[float], console: Console)
         for candidate in legal:
             plan = candidate.plan
             assert plan is not None
+            unknown = "" if plan["bytes_per_rank"]["activations_known"] else " + activations"
             table.add_row(
                 _short(candidate.layout),
                 f"{candidate.seconds:.3g} s",
                 f"{plan['bubble']:.0%}",
-                human_bytes(plan["bytes_per_rank"]["device"]["total"]),
+                human_bytes(plan["bytes_per_rank"]["device"]["total"]) + unknown,
                 human_bytes(plan["bytes_sent_per_rank_and_step"]["total"]),
                 f"{plan['batch']['micro_size']} micro × {plan['batch']['accumulation']}",
             )
@@ -104,7 +105,9 @@ def _memory_table(used: dict[str, Any]) -> Table:
 
 def _stages_table(stages: list[dict[str, Any]]) -> Table:
     """One row per pipeline stage; the tables below it are of the stage with the most."""
-    table = Table("stage", "layers", "parameters per rank", "share of work", "bytes per rank", "sent per step")
+    table = Table("stage", "layers", "parameters", "work", "bytes", "sent")
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for index, stage in enumerate(stages):

@@ -27,7 +27,7 @@ class Candidate:
     """One layout: a plan with `seconds` per step, or the reasons why it is illegal."""
 
     layout: Layout
-    seconds: float
+    seconds: float | None
     plan: dict[str, Any] | None
     why_not: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ def search(
     stretched by the bubble, and after it the busiest rank's bytes at `bandwidth`, as if nothing overlapped.
     """
     found = [_candidate(cfg, layout, environment, shape_of, device, rate, bandwidth) for layout in layouts(world)]
-    return sorted(found, key=lambda candidate: (candidate.plan is None, candidate.seconds))
+    return sorted(found, key=lambda candidate: (candidate.seconds is None, candidate.seconds or 0.0))
 
 
 def _candidate(
@@ -67,7 +67,7 @@ def _candidate(
     except RequestError as error:
         wrong, shape = error.problems, None
     if shape is None:
-        return Candidate(layout, float("inf"), None, tuple(_why(problem) for problem in wrong))
+        return Candidate(layout, None, None, tuple(_why(problem) for problem in wrong))
     plan = make_plan(trial, layout, shape, {}, device)
     arithmetic = plan["flops_per_step"] / layout.world / rate / (1.0 - plan["bubble"])
     sent = plan["bytes_sent_per_rank_and_step"]["total"] / bandwidth
@@ -76,7 +76,7 @@ def _candidate(
 
 def _why(problem: Problem) -> str:
     about_layout = problem.key.startswith(("parallel.", "zero."))
-    return problem.rule if about_layout else f"{problem.key}={problem.value} {problem.rule}"
+    return problem.rule if about_layout else str(problem).splitlines()[0]
 
 
 def _divisors(number: int) -> list[int]:

@@ -155,6 +155,13 @@ class Engine:
             dist.all_reduce(total)
         return total.tolist()
 
+    def _max(self, value: float) -> float:
+        """The largest of all ranks' values, in fp64."""
+        most = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.layout.world > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.item()
+
     def _sum_losses(self, loss: torch.Tensor) -> float:
         """The loss of the whole batch: ranks that have the same tokens count once."""
         return self._sum(loss if self.topology.counts else torch.zeros_like(loss))[0]
@@ -304,10 +311,7 @@ class Engine:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == "darwin" else 1024
-        most = torch.tensor(peak, dtype=torch.int64, device=self.device)
-        if self.layout.world > 1:
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+        return int(self._max(peak))
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -411,7 +415,9 @@ class StagedEngine(Engine):
 
     def _bubble(self) -> float | None:
         assert self._clock is not None  # a step was taken
-        return self._sum(self._clock.bubble())[0] / self.layout.world
+        busy, span = self._clock.busy_and_span()
+        # The last stage is through before the first one, and waits for it in the reduction.
+        return max(0.0, 1.0 - self._sum(busy)[0] / self.layout.world / self._max(span))
 
 
 def make_engine(

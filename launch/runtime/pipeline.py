@@ -131,10 +131,10 @@ class Clock:
 
         return method
 
-    def bubble(self) -> float:
-        """Idle share (0 to 1) of the time between the first instruction and the first reduction of gradients."""
+    def busy_and_span(self) -> tuple[float, float]:
+        """(busy seconds, seconds from the first instruction to this stage's first reduction of gradients)."""
         assert self._ended is not None, "no step was taken"
-        return max(0.0, 1.0 - self._busy / (self._ended - self._started))
+        return self._busy, self._ended - self._started
 
 
 def watch(engine: Any, clock: Clock, before_step: Callable[[], None]) -> None:

@@ -21,18 +21,34 @@ def layer_costs(model: PreTrainedModel) -> tuple[list[float], float, float]:
     plan, base = pipeline_plan(model), model.base_model
     layers = base.get_submodule(plan.layers)
     assert isinstance(layers, nn.ModuleList)
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+    chosen = _chosen(model)
 
     def cost(module: nn.Module) -> float:
-        total = 0.0
-        for name, parameter in module.named_parameters():
-            active = share if ".experts." in f".{name}" else 1.0
-            total += parameter.numel() * active
-        return total
+        return sum(p.numel() * _active_share(name, p, chosen) for name, p in module.named_parameters())
 
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     before = float(next(table.parameters()).shape[-1])
     after = float(sum(p.numel() for p in head.parameters())) if head is not None else 0.0
     return [cost(layer) for layer in layers], before, after
+
+
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "top_k")
+"""Names that families have for the number of experts a token goes through."""
+
+
+def _chosen(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    return next((value for name in CHOSEN if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _active_share(name: str, parameter: nn.Parameter, chosen: int | None) -> float:
+    """Share of a parameter that one token multiplies with. transformers stacks experts along the first dimension."""
+    if chosen is None or ".experts." not in f".{name}" or parameter.ndim < 3:
+        return 1.0
+    return min(1.0, chosen / parameter.shape[0])
+
+
+def idle_elements(model: PreTrainedModel) -> int:
+    """Elements of experts that a token does not go through."""
+    chosen = _chosen(model)
+    return round(sum(p.numel() * (1 - _active_share(name, p, chosen)) for name, p in model.named_parameters()))

@@ -28,7 +28,7 @@ def split(model: PreTrainedModel, parallel: ParallelConfig) -> list[int]:
         return balanced_split(costs, before, after, parallel.pipeline)
     given = list(parallel.pipeline_split)
     if sum(given) != len(costs):
-        raise NoPlanError(f"parallel.pipeline_split={given} has {sum(given)} layers, the model {len(costs)}")
+        raise NoPlanError(f"the split has {sum(given)} layers, the model {len(costs)}")
     return given
 
 
@@ -70,7 +70,7 @@ def structural(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem
         if why := sequence(parallel.sequence):
             found.append(_problem("sequence", parallel, why, sequence))
     if parallel.pipeline > 1 and (why := _no(split, model, parallel)):
-        if "pipeline_split" in why:
+        if why.startswith("the split"):
             costs = layer_costs(model)
             nearest = f"parallel.pipeline_split={balanced_split(*costs, parallel.pipeline)}".replace(" ", "")
             found.append(Problem("parallel.pipeline_split", str(parallel.pipeline_split), why, nearest))
@@ -94,5 +94,6 @@ def _no(check, *arguments) -> str | None:
 
 def _problem(axis: str, parallel: ParallelConfig, why: str, no) -> Problem:
     degree = getattr(parallel, axis)
-    fitting = next((n for n in range(degree - 1, 1, -1) if no(n) is None), 1)
+    # A divisor of what was asked: the ranks can then still be divided.
+    fitting = next((n for n in range(degree - 1, 1, -1) if degree % n == 0 and no(n) is None), 1)
     return Problem(f"parallel.{axis}", str(degree), why, f"parallel.{axis}={fitting}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig, ModelConfig, ParallelConfig
+from recipes.models.costs import idle_elements
 from recipes.models.layouts import problems
 from recipes.models.stage_shape import Part, Traffic, divide_on_meta, parts, stage_plan
 
@@ -64,6 +65,8 @@ class ModelShape:
     max_positions: int | None
     activations: Activations | None
     """None for a family whose forward pass looks at values (which expert?): meta tensors have none."""
+    idle: int = 0
+    """Elements of experts that a token does not go through: they hold memory and multiply nothing."""
     parts: tuple[Part, ...] = ()
     """What a rank of each pipeline stage holds."""
 
@@ -95,7 +98,14 @@ def model_shape(
                 config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=attention
             )
         network.tie_weights()
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except KeyError:
+        # A family with attention classes of its own (Falcon, GPT-J) cannot be traced.
+        config = _config(model, data)  # the one above has the traced attention's name by now
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=model.attention
+            )
+    except (ValueError, TypeError, AttributeError) as error:
         raise RequestError(
             Problem("model", config.model_type, f"transformers cannot build a causal LM of it: {_first_line(error)}")
         ) from error
@@ -122,13 +132,18 @@ def model_shape(
         head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
         max_positions=positions,
         activations=None,
+        idle=idle_elements(network),
     )
     stages = stage_plan(network, parallel)
     ranks = divide_on_meta(network, parallel.tensor)
     # What is inside of attention is as much per rank with all tokens of some heads as with some tokens of all heads.
     activations = _trace(network, layers, data.seq_length // parallel.sequence)
-    moved = ranks.moved if ranks is not None else []
-    traffic = Traffic(*(sum(size for way, size in moved if way == one) for one in ("forward", "backward")))
+    traffic = Traffic()
+    if ranks is not None:
+        hidden = data.seq_length // parallel.sequence * whole.hidden * network.dtype.itemsize
+        traffic = (
+            ranks.traffic() if activations else Traffic((2 * whole.layers + 1) * hidden, 2 * whole.layers * hidden)
+        )
     divided = parts(network, whole, activations, traffic, stages, parallel)
     return replace(whole, activations=activations, parts=divided)
 
@@ -250,7 +265,7 @@ def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], seq_leng
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network.base_model(input_ids=torch.zeros(1, seq_length, dtype=torch.long, device="meta"), use_cache=False)
-    except (RuntimeError, NotImplementedError, ValueError):
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError):
         return None  # "Tensor.item() cannot be called on meta tensors" and its relatives
     finally:
         for handle in handles:

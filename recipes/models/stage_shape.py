@@ -61,6 +61,10 @@ class Imagined(RankGroup):
         self.moved: list[tuple[str, int]] = []
         self._seen: torch.Tensor | None = None
 
+    def traffic(self) -> Traffic:
+        """What was moved so far."""
+        return Traffic(*(sum(size for way, size in self.moved if way == one) for one in ("forward", "backward")))
+
     def _note(self, direction: str, x: torch.Tensor) -> None:
         self.moved.append((direction, x.numel() * x.element_size()))
 

@@ -129,8 +129,22 @@ def test_tensor_ranks_drop_the_same() -> None:
     assert abs(loss - expected[0][0]) > 1e-4, "dropout is on"
 
 
+class _Slow(torch.autograd.Function):
+    """Takes 50 ms forward and 50 ms backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.05)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.05)
+        return gradient
+
+
 def bubble_of(rank: int, world: int, split: list[int], accumulation: int) -> float:
-    """Measured bubble of a step in which every layer takes 20 ms forward and 20 ms backward."""
+    """Measured bubble of a step in which every layer takes 50 ms forward and 50 ms backward."""
     from launch.runtime.ds_config import ds_config
     from launch.runtime.engine import make_engine
     from launch.runtime.loop import training_batches
@@ -141,22 +155,23 @@ def bubble_of(rank: int, world: int, split: list[int], accumulation: int) -> flo
     recipe.prepare()
     engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 3)
 
-    def wait(*_: object) -> None:
-        time.sleep(0.02)
-
     for layer in engine.module.base_model.layers:
         if next(layer.parameters(), None) is not None:
-            layer.register_forward_hook(wait)
-            layer.register_full_backward_hook(wait)
+            # First, so that what the stage sends on is the slow output.
+            layer.register_forward_hook(lambda module, args, out: _Slow.apply(out), prepend=True)
     bubbles = [engine.train_step(training_batches(s, 0, recipe, cfg, layout)).bubble for s in range(3)]
     return min(bubble for bubble in bubbles if bubble is not None)
 
 
 @pytest.mark.parametrize("split, micro_batches", [([2, 2], 4), ([2, 2], 8), ([1, 3], 8), ([1, 1, 1, 1], 8)])
 def test_the_bubble_is_what_the_plan_predicts(split: list[int], micro_batches: int) -> None:
-    """(p-1)/(m+p-1) for equal stages, and the wait for the slowest of unequal ones."""
+    """(p-1)/(m+p-1) for equal stages, and the wait for the slowest of unequal ones.
+
+    Sending and receiving costs a stage 1 to 3 ms of each pass of 50 to 150 ms, the more the busier the machine is: it
+    can only add to the bubble, by up to 0.04.
+    """
     expected = bubble(split, micro_batches)
     if len(set(split)) == 1:
         assert expected == pytest.approx((len(split) - 1) / (micro_batches + len(split) - 1))
     for measured in run_ranks(len(split), bubble_of, split, micro_batches):
-        assert measured == pytest.approx(expected, rel=0.1, abs=0.02)
+        assert expected - 0.005 < measured < 1.1 * expected + 0.04

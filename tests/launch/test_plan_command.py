@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch/plan.py"), *arguments]
-    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, check=False)
+    # Not here: the user's own runs/quickstart would be in the way.
+    return subprocess.run(command, cwd=cwd or tempfile.mkdtemp(), capture_output=True, text=True, check=False)
 
 
 def test_json_is_one_object_and_adds_up(tmp_path: Path) -> None:

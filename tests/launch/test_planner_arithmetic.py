@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def shape(**changes: Any) -> Any:
     given = {
-        "parameters": 1000, "embedding": 100, "head": 0, "layers": 2, "layer_parameters": (450, 450),
+        "parameters": 1000, "idle": 0, "embedding": 100, "head": 0, "layers": 2, "layer_parameters": (450, 450),
         "tensors": [("embed.weight", (5, 20)), ("w", (890,)), ("norm", (10,))], "tied": True, "vocab": 5, "hidden": 20,
         "heads": 2, "head_dim": 10, "activations": None,
     }  # fmt: skip

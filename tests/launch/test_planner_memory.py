@@ -31,7 +31,7 @@ def toy(**changes: Any) -> Any:
         tensors += [(f"layers.{index}.w", (10, 20)), (f"layers.{index}.norm", (50,))]
     activations = SimpleNamespace(layers=(700, 600), boundary=100, outside=50)
     given = {
-        "parameters": 1000, "embedding": 400, "head": 100, "layers": 2, "layer_parameters": (250, 250),
+        "parameters": 1000, "idle": 0, "embedding": 400, "head": 100, "layers": 2, "layer_parameters": (250, 250),
         "tensors": tensors, "tied": False, "vocab": 5, "hidden": 20, "heads": 2, "head_dim": 10,
         "activations": activations,
     }  # fmt: skip
