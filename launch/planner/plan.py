@@ -20,7 +20,7 @@ def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, 
     worst = max(stages, key=lambda stage: stage["bytes_per_rank"]["device"]["total"])
     busiest = max(stages, key=lambda stage: stage["bytes_sent_per_rank_and_step"]["total"])
     tokens = (cfg.batch.global_size or 0) * cfg.data.seq_length
-    plan = {
+    return {
         "name": cfg.name,
         "device": device,
         "layout": asdict(layout),
@@ -41,7 +41,6 @@ def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, 
         "bubble": bubble([part.cost for part in shape.parts], cfg.batch.accumulation or 1),
         "engine": engine,
     }
-    return plan
 
 
 def stage_plans(cfg: Config, layout: Layout, shape: ModelShape, device: str) -> list[dict[str, Any]]:

@@ -40,6 +40,10 @@ class RankGroup:
         self._copied = weakref.ref(x), weakref.ref(copied)
         return copied
 
+    def shared(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter as it is; its gradient is the sum over the ranks. Never one copy for two micro-batches."""
+        return _Copy.apply(parameter, self.group)
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of x over the ranks; the gradient passes as it is."""
         return _Sum.apply(x, self.group)

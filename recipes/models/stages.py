@@ -134,13 +134,6 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False)) and model.get_output_embeddings() is not None
 
 
-def number_of_layers(model: PreTrainedModel) -> int:
-    """Layers that the pipeline plan of the model divides."""
-    layers = model.base_model.get_submodule(pipeline_plan(model).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return len(layers)
-
-
 def balanced_split(costs: Sequence[float], before: float, after: float, count: int) -> list[int]:
     """Layers per stage, so that the costliest stage costs the least; `before` and `after` burden the first and last.
 

@@ -139,7 +139,7 @@ def _partial_gradient(module: nn.Module, ranks: RankGroup) -> dict[str, Cut]:
         held = {name: getattr(module, name) for name in own}
         for name, parameter in held.items():
             del module._parameters[name]
-            setattr(module, name, _SummedGradient.apply(parameter, ranks.group))
+            setattr(module, name, ranks.shared(parameter))
         try:
             return before(*args, **kwargs)
         finally:
@@ -149,19 +149,6 @@ def _partial_gradient(module: nn.Module, ranks: RankGroup) -> dict[str, Cut]:
 
     module.forward = forward
     return {}
-
-
-class _SummedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, parameter, group):
-        ctx.group = group
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        torch.distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None
 
 
 def _experts(module: nn.Module, ranks: RankGroup) -> dict[str, Cut]:
