@@ -88,8 +88,8 @@ def ours(job: Job, pause: Callable[[], None]) -> Loss:
     """launch/runtime as `launch/train.py` runs it, metrics.jsonl included; evaluation is kept out of the turns."""
     from launch.runtime import loop
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
     from launch.runtime.metrics import MetricsLog
+    from launch.runtime.staged import make_engine
 
     job.recipe.held_out = OneBatch(job.recipe.held_out, job.cfg.batch.micro_size * job.layout.data)
     engine_config = ds_config(job.cfg, job.layout, job.device.type)

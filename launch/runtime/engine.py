@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import resource
 import sys
@@ -23,7 +22,6 @@ from conf.errors import RequestError
 from conf.schema import Config
 from launch.runtime.allocator import memory_stays
 from launch.runtime.build import build
-from launch.runtime.pipeline import Clock, StageModule, Stages, nothing, watch
 from launch.runtime.schedule import lr_factor
 from launch.runtime.topology import topology
 from recipes.base import Recipe
@@ -320,109 +318,3 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
-
-
-class StagedEngine(Engine):
-    """The same for a pipeline: each rank has the layers of one stage, and micro-batches pass through them in 1F1B."""
-
-    def _wrap(self) -> nn.Module:
-        def build_stage() -> StageModule:
-            return StageModule(self._built, self.recipe.loss, self.recipe.inputs)
-
-        self._stages = Stages(build_stage, self.topology)
-        return self._stages
-
-    def _run(
-        self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
-    ) -> None:
-        if self._clock is None:
-            self._clock = Clock(self.device)
-            watch(self.ds, self._clock, lambda: self._before_update())
-        # The engine divides by the accumulation; the last stage's loss is scaled up by it.
-        self._stages.own.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
-        self._before_update = lambda: before_update(self._partial(scale * self.accumulation))
-        self._clock.reset()
-        self._expect(micro_batches[0])
-        self.ds.train_batch(nothing())
-
-    def _partial(self, scale: float) -> torch.Tensor:
-        if not self._built.last:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(self.ds.fwd_outputs).double().sum() / scale
-
-    _clock: Clock | None = None
-    _before_update: Callable[[], None]
-    _shape: tuple[int, ...] | None = None
-
-    def _expect(self, batch: NumpyBatch) -> None:
-        """The engine exchanges shapes once; other micro-batches than the last ones (in evaluation) need it again."""
-        shape = next(iter(batch.values())).shape
-        if shape != self._shape:
-            self.ds.reset_activation_shape()
-        self._shape = shape
-
-    def _evaluated(self, micro_batches: Iterator[NumpyBatch]) -> Iterator[list[NumpyBatch]]:
-        at_once = max(self.accumulation, 4 * self.layout.pipeline)
-        while batches := list(itertools.islice(micro_batches, at_once)):
-            yield batches
-
-    def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
-        self._expect(batches[0])
-        self._stages.own.start([self._tensors(batch) for batch in batches], 1.0)
-        losses = self.ds.eval_batch(nothing(), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
-        if not self._built.last:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(losses).double().sum()
-
-    def tensors(self) -> dict[str, int]:
-        return {name: size for name, (size, _) in self._all_tensors().items()}
-
-    def _all_tensors(self) -> dict[str, tuple[int, int]]:
-        """Name → (bytes, the first stage that has it), in the order of the stages."""
-        answers: list[tuple[int, dict[str, int]]] = [(0, {})] * self.layout.world
-        dist.all_gather_object(answers, (self.topology.place.pipeline, self._own_tensors()))
-        found: dict[str, tuple[int, int]] = {}
-        for stage, tensors in sorted(answers, key=lambda answer: answer[0]):
-            found |= {name: (size, stage) for name, size in tensors.items() if name not in found}
-        return found
-
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        # One replica of the pipeline works; the other ones would send the same.
-        place = self.topology.place
-        works, first = place.data == place.sequence == 0, self.topology.rank == 0
-        own = {**dict(self.module.named_parameters()), **dict(persistent_buffers(self.module))}
-        for name, (_, stage) in self._all_tensors().items():
-            value = torch.empty(0)
-            if works and place.pipeline == stage:
-                value = self._whole(own[name], own[name].detach())
-                if stage > 0 and place.tensor == 0:
-                    self._send(value)
-            elif first:
-                value = self._receive(self.topology.axes.get_rank(pipe=stage, data=0, model=0))
-            yield name, value
-
-    def _send(self, value: torch.Tensor) -> None:
-        dist.send_object_list([(tuple(value.shape), value.dtype)], dst=0, device=self.device)
-        dist.send(value.contiguous(), dst=0)
-
-    def _receive(self, source: int) -> torch.Tensor:
-        described: list[Any] = [None]
-        dist.recv_object_list(described, src=source, device=self.device)
-        shape, dtype = described[0]
-        value = torch.empty(shape, dtype=dtype, device=self.device)
-        dist.recv(value, src=source)
-        return value
-
-    def _bubble(self) -> float | None:
-        assert self._clock is not None  # a step was taken
-        busy, span = self._clock.busy_and_span()
-        # The last stage is through before the first one, and waits for it in the reduction.
-        return max(0.0, 1.0 - self._sum(busy)[0] / self.layout.world / self._max(span))
-
-
-def make_engine(
-    recipe: Recipe, cfg: Config, layout: Layout, ds_config: dict[str, Any], device: torch.device, steps: int
-) -> Engine:
-    """The engine of a layout."""
-    kind = StagedEngine if layout.pipeline > 1 else Engine
-    return kind(recipe, cfg, layout, ds_config, device, steps)

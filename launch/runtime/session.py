@@ -90,9 +90,9 @@ def _train(
     terminal: Terminal,
 ) -> dict[str, Any]:
     from launch.runtime import loop
-    from launch.runtime.engine import make_engine
     from launch.runtime.export import export
     from launch.runtime.plots import plot_loss
+    from launch.runtime.staged import make_engine
 
     cfg, layout, first = request.cfg, request.layout, request.ranks.first
     if first:

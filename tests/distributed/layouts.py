@@ -79,8 +79,8 @@ def configuration(case: Case) -> tuple[Config, Layout]:
 def train(rank: int, world: int, cases: list[Case], steps: int = STEPS) -> list[Any]:
     """For each case: [(loss, norm, {name: gradient})] of this rank's stage, or the refusal."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
     from launch.runtime.loop import held_out_batches, training_batches
+    from launch.runtime.staged import make_engine
 
     results: list[Any] = []
     for case in cases:

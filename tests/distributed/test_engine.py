@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
     """(engine, recipe, cfg, layout) of a tiny run; `changes` are `section__field=value`."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
+    from launch.runtime.staged import make_engine
 
     cfg = tiny_config(8 // world // accumulation, accumulation, world)
     cfg.zero.stage, cfg.zero.param_persistence_threshold = stage, 0

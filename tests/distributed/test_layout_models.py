@@ -31,9 +31,9 @@ ROUND_TRIPS = [
 def round_trip(rank: int, world: int, case: Case, source: Path, folder: Path) -> float:
     """Load `source`, export it untouched, train two steps, export again; the held-out loss that training computed."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
     from launch.runtime.export import export
     from launch.runtime.loop import held_out_batches, training_batches
+    from launch.runtime.staged import make_engine
 
     cfg, layout = configuration(case)
     recipe = TinyCausalLM(cfg)
@@ -106,8 +106,8 @@ def test_bf16(case: Case) -> None:
 def with_dropout(rank: int, world: int) -> tuple[float, dict[str, np.ndarray]]:
     """First loss of a GPT-2 with dropout and what each rank holds whole after three steps."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
     from launch.runtime.loop import training_batches
+    from launch.runtime.staged import make_engine
 
     cfg, layout = configuration(Case("gpt2", tensor=world))
     cfg.model.config |= {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
@@ -146,8 +146,8 @@ class _Slow(torch.autograd.Function):
 def bubble_of(rank: int, world: int, split: list[int], accumulation: int) -> float:
     """Measured bubble of a step in which every layer takes 50 ms forward and 50 ms backward."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
     from launch.runtime.loop import training_batches
+    from launch.runtime.staged import make_engine
 
     cfg, layout = configuration(Case("llama", pipeline=world, accumulation=accumulation))
     cfg.parallel.pipeline_split = split

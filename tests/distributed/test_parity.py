@@ -25,8 +25,8 @@ RELATIVE = 1e-5
 def engine_run(rank: int, world: int, combinations: list[tuple]) -> dict:
     """Losses, norms and gradients of STEPS steps for each (stage, accumulation, checkpointing, model overrides)."""
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.engine import make_engine
     from launch.runtime.loop import training_batches
+    from launch.runtime.staged import make_engine
 
     results = {}
     for stage, accumulation, checkpointing in combinations:
