@@ -31,6 +31,8 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sequence: int = 1
+    schedule: str = "1f1b"
+    """Of the pipeline: 1f1b | dualpipev."""
 
     def __post_init__(self) -> None:
         if self.data * self.tensor * self.pipeline * self.sequence != self.world:
@@ -39,6 +41,21 @@ class Layout:
     def factors(self) -> str:
         """`2 data × 1 tensor × 1 pipeline × 1 sequence`."""
         return f"{self.data} data × {self.tensor} tensor × {self.pipeline} pipeline × {self.sequence} sequence"
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline: one on each of its ranks, or two in DualPipeV."""
+        return 2 * self.pipeline if self.schedule == "dualpipev" and self.pipeline > 1 else self.pipeline
+
+    def stages_of(self, pipeline: int) -> tuple[int, ...]:
+        """Numbers of the stages that a rank at place `pipeline` holds; in DualPipeV the way leads out and back."""
+        out, back = pipeline, self.stages - 1 - pipeline
+        return (out,) if self.stages == self.pipeline else (out, back)
+
+    @property
+    def loss_at(self) -> int:
+        """The place in the pipeline whose rank holds the last stage."""
+        return next(p for p in range(self.pipeline) if self.stages - 1 in self.stages_of(p))
 
     @property
     def replicas(self) -> int:
@@ -54,6 +71,11 @@ class Layout:
         rank, sequence = divmod(rank, self.sequence)
         pipeline, data = divmod(rank, self.data)
         return Place(pipeline, data, sequence, tensor)
+
+    @classmethod
+    def smallest(cls, parallel: ParallelConfig) -> Layout:
+        """With one data rank."""
+        return cls.of(parallel.tensor * parallel.pipeline * parallel.sequence, parallel)
 
     @classmethod
     def of(cls, world: int, parallel: ParallelConfig) -> Layout:
@@ -83,7 +105,7 @@ class Layout:
                     f"parallel.{largest}={fitting[-1]}, or a number of ranks that {each} divides",
                 )
             )
-        return cls(world=world, data=world // each, **wanted)
+        return cls(world=world, data=world // each, **wanted, schedule=parallel.schedule)
 
 
 def batch_line(batch: BatchConfig, layout: Layout) -> str:

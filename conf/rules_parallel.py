@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from conf.batch import Layout
+from conf.batch import Layout, resolve_batch, sizes
 from conf.environment import Environment
-from conf.errors import Problem
+from conf.errors import Problem, RequestError
 from conf.rules_values import changed, shown
 from conf.rules_zero import PLUS
 from conf.schema import Config
@@ -31,20 +31,45 @@ def pipeline_stage(cfg: Config, layout: Layout, env: Environment) -> Iterator[Pr
 
 def pipeline_split(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A split names a number of layers for each stage."""
-    split, stages = cfg.parallel.pipeline_split, cfg.parallel.pipeline
+    split, stages = cfg.parallel.pipeline_split, layout.stages
     if split is None:
         return
     value = shown(split)
     nearest = "parallel.pipeline_split=null (stages of equal cost)"
-    if len(split) > 1 and layout.world % len(split) == 0 and len(split) != stages:
+    if len(split) > 1 and layout.world % len(split) == 0 and len(split) != stages == layout.pipeline:
         nearest = f"parallel.pipeline={len(split)}, or {nearest}"
-    if stages == 1:
+    if layout.pipeline == 1:
         yield Problem("parallel.pipeline_split", value, "there is one stage only (parallel.pipeline=1)", nearest)
     elif len(split) != stages:
-        rule = f"has {len(split)} stage{'s' * (len(split) != 1)}, parallel.pipeline={stages}"
+        rule = f"has {len(split)} stage{'s' * (len(split) != 1)}, the pipeline {stages}{_folded(layout)}"
         yield Problem("parallel.pipeline_split", value, rule, nearest)
     elif min(split) < 1:
         yield Problem("parallel.pipeline_split", value, "each stage has at least one layer", nearest)
+
+
+def _folded(layout: Layout) -> str:
+    return f": two on each of {layout.pipeline} ranks (parallel.schedule=dualpipev)" * (layout.stages > layout.pipeline)
+
+
+def schedule(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """DualPipeV is of use in a pipeline only, and with enough micro-batches (DeepSpeed 0.19.8: runtime/pipe)."""
+    name, least = cfg.parallel.schedule, layout.stages
+    if name != "dualpipev":
+        return
+    if layout.pipeline == 1:
+        yield Problem("parallel.schedule", name, "there is no pipeline to order", "parallel.pipeline=2")
+        return
+    try:
+        size, micro, steps = sizes(resolve_batch(cfg.batch, layout))
+    except RequestError:
+        return  # said by conf/compose.py
+    if steps < least:
+        smaller = next((m for m in range(micro, 0, -1) if size % (m * layout.data * least) == 0), None)
+        more = f"batch.global_size={micro * layout.data * least} batch.micro_size={micro} batch.accumulation={least}"
+        if smaller:
+            more = f"batch.micro_size={smaller} batch.accumulation={size // (smaller * layout.data)}"
+        rule = f"needs two micro-batches for each rank of the pipeline, {least}; batch.accumulation={steps}"
+        yield Problem("parallel.schedule", name, rule, f"{more}, or parallel.schedule=1f1b")
 
 
 def sequence_length(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -100,4 +125,4 @@ def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
 
 WRAPPED = ("sdpa", "flash_attention_2", "flash_attention_3")
 
-RULES = (pipeline_stage, pipeline_split, sequence_length, sequence_attention, optimizer, expert, untested)
+RULES = (pipeline_stage, pipeline_split, schedule, sequence_length, sequence_attention, optimizer, expert, untested)

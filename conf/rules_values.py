@@ -17,6 +17,7 @@ from conf.schema import (
     DEVICES,
     OFFLOADS,
     PACKINGS,
+    PIPELINE_SCHEDULES,
     PRECISIONS,
     SCHEDULES,
     SOURCES,
@@ -91,6 +92,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "precision.name": PRECISIONS,
     "precision.accumulation_dtype": ACCUMULATION_DTYPES,
     "scheduler.name": SCHEDULES,
+    "parallel.schedule": PIPELINE_SCHEDULES,
     "zero.offload_optimizer": OFFLOADS,
     "zero.offload_param": OFFLOADS,
 }

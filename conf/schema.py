@@ -14,6 +14,7 @@ TASKS = ("causal_lm",)
 ACCUMULATION_DTYPES = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PACKINGS = ("documents", "blocks", "none")
+PIPELINE_SCHEDULES = ("1f1b", "dualpipev")
 SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
 OFFLOADS = ("none", "cpu", "nvme")
@@ -217,6 +218,9 @@ class ParallelConfig:
     """Ranks that share the experts of a mixture. Not in this version: 1; `tensor` cuts each expert's matrices."""
     pipeline_split: list[int] | None = None
     """Layers of each pipeline stage; null: stages of equal cost, embedding and head included."""
+    schedule: str = "1f1b"
+    """1f1b | dualpipev: the order of a pipeline's passes. In 1F1B a rank has one stage; in DualPipeV it has two, on the
+    way out and on the way back (2 × `pipeline` stages), waits less, and needs 2 × `pipeline` micro-batches or more."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from conf.batch import Layout
 from conf.errors import Problem, RequestError, did_you_mean
+from launch.planner.schedule import Instruction
 from launch.runtime.ds_config import ds_config
 from launch.runtime.request import Request, read_request, run_command
 
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
     if request.own["search"] == "true":
         return show_layouts(request, wanted)
     shape = model_shape(cfg.model, cfg.data, cfg.precision.name, cfg.parallel)
-    plan = make_plan(cfg, layout, shape, ds_config(cfg, layout, device), device)
+    plan = make_plan(cfg, layout, shape, ds_config(cfg, layout, device), device, programs)
     if wanted == "json":
         print(json.dumps(plan, indent=2, ensure_ascii=False))
     else:
@@ -58,6 +61,14 @@ def main(argv: list[str]) -> int:
 
         render(plan, Console(highlight=False, soft_wrap=True))
     return 0
+
+
+def programs(layout: Layout, micro_batches: int) -> Sequence[Sequence[Instruction]]:
+    """What the engine has each rank of a folded pipeline do; only then is it loaded."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says what it found, in the middle of the plan
+    from launch.runtime.pipeline import programs
+
+    return programs(layout, micro_batches)
 
 
 def show_layouts(request: Request, wanted: str) -> int:
@@ -80,7 +91,8 @@ def show_layouts(request: Request, wanted: str) -> int:
             raise RequestError(Problem(key, request.own[key], rule, f"{key}={assumed:g}")) from None
     found = search(
         cfg, request.layout.world, request.environment.on(request.device),
-        lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel), request.device, *speeds,
+        lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel),
+        programs, request.device, *speeds,
     )  # fmt: skip
     if wanted == "json":
         print(json.dumps([asdict(candidate) for candidate in found], indent=2, ensure_ascii=False))

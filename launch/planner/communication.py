@@ -71,10 +71,11 @@ def _stage3(shape: ModelShape, cfg: Config, layout: Layout, weight: float, gradi
     }
 
 
-def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, stage: int) -> dict[str, int]:
+def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, place: int) -> dict[str, int]:
     """{collective: bytes sent per rank and optimizer step} among tensor, sequence and pipeline ranks.
 
-    part: what the rank holds; shape: the whole model. An all-to-all of M bytes sends M·(r-1)/r per rank.
+    part: what the rank at this place of the pipeline holds; shape: the whole model. An all-to-all of M bytes sends
+    M·(r-1)/r per rank.
     """
     sequences = (cfg.batch.micro_size or 1) * (cfg.batch.accumulation or 1)
     weight = element_bytes(cfg.precision.name)
@@ -90,9 +91,13 @@ def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, st
         exchanged = tokens * heads * shape.head_dim * weight * part.shape.layers
         sent["sequence: all-to-all heads"] = half_ring(exchanged * (forwards + 1), layout.sequence)
     if layout.pipeline > 1:
-        ends = (stage < layout.pipeline - 1) + (stage > 0)  # hidden states onward, their gradients back
-        sent["pipeline: hidden states"] = ends * tokens * shape.hidden * weight / layout.tensor
-        if shape.tied and stage in (0, layout.pipeline - 1):
+        # Hidden states onward, their gradients back; a rank that holds two stages in a row keeps them.
+        own, last = layout.stages_of(place), layout.stages - 1
+        onward = sum(stage < last and stage + 1 not in own for stage in own)
+        back = sum(stage > 0 and stage - 1 not in own for stage in own)
+        divided = layout.tensor if layout.stages == layout.pipeline else 1  # in DualPipeV each tensor rank sends all
+        sent["pipeline: hidden states"] = (onward + back) * tokens * shape.hidden * weight / divided
+        if shape.tied and layout.loss_at != 0 and place in (0, layout.loss_at):
             copy = shape.vocab * shape.hidden / layout.tensor * element_bytes(cfg.precision.accumulation_dtype)
             sent["pipeline: tied embedding"] = all_reduce(copy, 2)
     return {name: round(size) for name, size in sent.items()}

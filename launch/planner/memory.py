@@ -79,7 +79,9 @@ def optimizer_numbers(shape: ModelShape, optimizer: OptimizerConfig) -> int:
     return numbers * shape.parameters
 
 
-def memory(shape: ModelShape, cfg: Config, layout: Layout, seq_length: int, device: str, in_flight: int = 1) -> Memory:
+def memory(
+    shape: ModelShape, cfg: Config, layout: Layout, seq_length: int, device: str, in_flight: float = 1
+) -> Memory:
     """The bytes of one rank while it trains on `device` (cpu | cuda); everything at its largest at once.
 
     shape: of what this rank holds. in_flight: micro-batches whose activations it keeps at the same time.
@@ -166,7 +168,7 @@ def _buffers(shape: ModelShape, cfg: Config, ranks: int, device: str) -> int:
     return elements * kept + gathered * weight
 
 
-def _activations(shape: ModelShape, cfg: Config, in_flight: int) -> int:
+def _activations(shape: ModelShape, cfg: Config, in_flight: float) -> int:
     """What backward needs of the micro-batches in flight; each n-th layer leaves its input only and is recomputed."""
     kept, every = shape.activations, cfg.train.activation_checkpointing
     if kept is None:
@@ -181,7 +183,7 @@ def _activations(shape: ModelShape, cfg: Config, in_flight: int) -> int:
     if cfg.precision.name == "bf16_autocast":
         # Autocast keeps a bf16 copy of each matrix that it multiplied with.
         recomputed += 2 * sum(math.prod(d) for name, d in shape.tensors if len(d) >= 2 and "embed" not in name.lower())
-    return (total * in_flight + recomputed) * (cfg.batch.micro_size or 1)
+    return (math.ceil(total * in_flight) + recomputed) * (cfg.batch.micro_size or 1)
 
 
 def _logits(shape: ModelShape, cfg: Config, seq_length: int) -> int:

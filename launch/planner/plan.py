@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,12 +12,29 @@ from launch.planner.communication import bytes_per_step, within_a_step
 from launch.planner.flops import flops_per_token
 from launch.planner.memory import Memory, memory
 from launch.planner.model_shape import ModelShape
-from launch.planner.schedule import bubble, in_flight
+from launch.planner.schedule import (
+    Instruction,
+    Programs,
+    bubble,
+    in_flight,
+    simulated_bubble,
+    simulated_in_flight,
+)
 
 
-def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, Any], device: str) -> dict[str, Any]:
+def make_plan(
+    cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, Any], device: str, programs: Programs
+) -> dict[str, Any]:
     """Everything that is known before a run: sizes in bytes, counts in elements, FLOPs per optimizer step."""
-    stages = stage_plans(cfg, layout, shape, device)
+    steps = cfg.batch.accumulation or 1
+    folded = programs(layout, steps) if layout.stages > layout.pipeline else None
+    stages = stage_plans(cfg, layout, shape, device, folded)
+    costs = {
+        stage: cost
+        for place, part in enumerate(shape.parts)
+        for stage, cost in zip(layout.stages_of(place), part.costs, strict=True)
+    }
+    in_order = [costs[stage] for stage in sorted(costs)]
     worst = max(stages, key=lambda stage: stage["bytes_per_rank"]["device"]["total"])
     busiest = max(stages, key=lambda stage: stage["bytes_sent_per_rank_and_step"]["total"])
     tokens = (cfg.batch.global_size or 0) * cfg.data.seq_length
@@ -38,24 +56,30 @@ def make_plan(cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, 
         "bytes_per_rank": worst["bytes_per_rank"],
         "bytes_sent_per_rank_and_step": busiest["bytes_sent_per_rank_and_step"],
         "stages": stages,
-        "bubble": bubble([part.cost for part in shape.parts], cfg.batch.accumulation or 1),
+        "bubble": simulated_bubble(folded, in_order) if folded else bubble(in_order, steps),
         "engine": engine,
     }
 
 
-def stage_plans(cfg: Config, layout: Layout, shape: ModelShape, device: str) -> list[dict[str, Any]]:
-    """What a rank of each pipeline stage holds and sends; one stage without a pipeline."""
-    total = sum(part.cost for part in shape.parts)
+def stage_plans(
+    cfg: Config, layout: Layout, shape: ModelShape, device: str, folded: Sequence[Sequence[Instruction]] | None
+) -> list[dict[str, Any]]:
+    """What the ranks at each place of the pipeline hold and send; one place without a pipeline."""
+    total = sum(sum(part.costs) for part in shape.parts)
     stages = []
     for index, part in enumerate(shape.parts):
-        waiting = in_flight(index, layout.pipeline, cfg.batch.accumulation or 1)
+        waiting: float = in_flight(index, layout.pipeline, cfg.batch.accumulation or 1)
+        if folded is not None:
+            own = sum(part.costs) or 1.0
+            shares = {s: cost / own for s, cost in zip(layout.stages_of(index), part.costs, strict=True)}
+            waiting = simulated_in_flight(folded[index], shares)
         used = memory(part.shape, cfg, layout, cfg.data.seq_length, device, waiting)
         sent = bytes_per_step(part.shape, cfg, layout) | within_a_step(part, shape, cfg, layout, index)
         stages.append(
             {
-                "layers": list(part.layers),
+                "layers": [list(each) for each in part.layers],
                 "parameters": part.shape.parameters,
-                "share_of_work": part.cost / total if total else 1.0,
+                "share_of_work": sum(part.costs) / total if total else 1.0,
                 "bytes_per_rank": _places(used, shape.activations is not None),
                 "bytes_sent_per_rank_and_step": {**sent, "total": sum(sent.values())},
             }

@@ -36,7 +36,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
     ):
         console.print(f"{name:<21}{value}", markup=False)
     if len(plan["stages"]) > 1:
-        console.print(f"{'bubble':<21}{plan['bubble']:.1%} of each step, predicted", markup=False)
+        schedule = {"1f1b": "1F1B", "dualpipev": "DualPipeV"}[layout["schedule"]]
+        console.print(f"{'bubble':<21}{plan['bubble']:.1%} of each step in {schedule}, predicted", markup=False)
         console.print(_stages_table(plan["stages"]))
     console.print(_memory_table(used))
     if not used["activations_known"]:
@@ -53,7 +54,7 @@ def render_search(found: list[Candidate], speeds: list[float], console: Console)
     legal = [candidate for candidate in found if candidate.plan is not None]
     if legal:
         speeds_said = f"{rate / 1e12:g} TFLOP/s and {bandwidth / 1e9:g} GB/s per rank"
-        console.print(f"data × tensor × pipeline × sequence; predicted at {speeds_said}", markup=False)
+        console.print(f"data × tensor × pipeline × sequence (V: DualPipeV); predicted at {speeds_said}", markup=False)
         table = Table("layout", "step", "bubble", "bytes", "sent", "batch")
         for column in table.columns:
             column.no_wrap = True
@@ -79,7 +80,8 @@ def render_search(found: list[Candidate], speeds: list[float], console: Console)
 
 
 def _short(layout: Layout) -> str:
-    return f"{layout.data}×{layout.tensor}×{layout.pipeline}×{layout.sequence}"
+    folded = " V" if layout.stages > layout.pipeline else ""
+    return f"{layout.data}×{layout.tensor}×{layout.pipeline}×{layout.sequence}{folded}"
 
 
 def _shares(model: dict[str, Any]) -> str:
@@ -104,17 +106,16 @@ def _memory_table(used: dict[str, Any]) -> Table:
 
 
 def _stages_table(stages: list[dict[str, Any]]) -> Table:
-    """One row per pipeline stage; the tables below it are of the stage with the most."""
+    """One row per rank of the pipeline; the tables below it are of the one with the most."""
     table = Table("stage", "layers", "parameters", "work", "bytes", "sent")
     for column in table.columns:
         column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for index, stage in enumerate(stages):
-        first, stop = stage["layers"]
         table.add_row(
             str(index),
-            f"{first} - {stop - 1}",
+            ", ".join(f"{first} - {stop - 1}" if stop - 1 > first else str(first) for first, stop in stage["layers"]),
             f"{stage['parameters']:,}",
             f"{stage['share_of_work']:.1%}",
             human_bytes(stage["bytes_per_rank"]["device"]["total"]),

@@ -11,9 +11,10 @@ from conf.batch import Layout, resolve_batch, sizes
 from conf.environment import Environment
 from conf.errors import Problem, RequestError
 from conf.rules import check
-from conf.schema import BatchConfig, Config, ParallelConfig
+from conf.schema import PIPELINE_SCHEDULES, BatchConfig, Config, ParallelConfig
 from launch.planner.model_shape import ModelShape
 from launch.planner.plan import make_plan
+from launch.planner.schedule import Programs
 
 ASSUMED = {"cuda": (4e14, 2e11), "cpu": (1e11, 2e9)}
 """(FLOP/s, bytes/s) of one rank when nobody says: 40% of an H100's bf16 peak over NVLink; a core over shared memory."""
@@ -33,34 +34,41 @@ class Candidate:
 
 
 def layouts(world: int) -> Iterator[Layout]:
-    """Every way to write `world` as data × tensor × pipeline × sequence."""
+    """Every way to write `world` as data × tensor × pipeline × sequence, a pipeline in each of its schedules."""
     for tensor in _divisors(world):
         for pipeline in _divisors(world // tensor):
             for sequence in _divisors(world // tensor // pipeline):
                 data = world // tensor // pipeline // sequence
-                yield Layout(world, data, tensor, pipeline, sequence)
+                for schedule in PIPELINE_SCHEDULES if pipeline > 1 else PIPELINE_SCHEDULES[:1]:
+                    yield Layout(world, data, tensor, pipeline, sequence, schedule)
 
 
 def search(
-    cfg: Config, world: int, environment: Environment, shape_of: ShapeOf, device: str, rate: float, bandwidth: float
-) -> list[Candidate]:
+    cfg: Config, world: int, environment: Environment, shape_of: ShapeOf, programs: Programs,
+    device: str, rate: float, bandwidth: float,
+) -> list[Candidate]:  # fmt: skip
     """Candidates, the fastest first, then the illegal ones.
 
     The global batch stays; the micro batch too where it can. Predicted: arithmetic at `rate` FLOP/s per rank,
     stretched by the bubble, and after it the busiest rank's bytes at `bandwidth`, as if nothing overlapped.
     """
-    found = [_candidate(cfg, layout, environment, shape_of, device, rate, bandwidth) for layout in layouts(world)]
+    found = [
+        _candidate(cfg, layout, environment, shape_of, programs, device, rate, bandwidth) for layout in layouts(world)
+    ]
     return sorted(found, key=lambda candidate: (candidate.seconds is None, candidate.seconds or 0.0))
 
 
 def _candidate(
-    cfg: Config, layout: Layout, environment: Environment, shape_of: ShapeOf, device: str, rate: float, bandwidth: float
-) -> Candidate:
+    cfg: Config, layout: Layout, environment: Environment, shape_of: ShapeOf, programs: Programs,
+    device: str, rate: float, bandwidth: float,
+) -> Candidate:  # fmt: skip
     trial = copy.deepcopy(cfg)
-    trial.parallel = ParallelConfig(layout.tensor, layout.pipeline, layout.sequence)
+    trial.parallel = ParallelConfig(layout.tensor, layout.pipeline, layout.sequence, schedule=layout.schedule)
     size, micro, _ = sizes(cfg.batch)
     try:
-        micro = next((m for m in range(min(micro, size), 0, -1) if size % (m * layout.data) == 0), micro)
+        fitting = [m for m in range(min(micro, size), 0, -1) if size % (m * layout.data) == 0]
+        folded = [m for m in fitting if size // (m * layout.data) >= layout.stages > layout.pipeline]
+        micro = next(iter(folded or fitting), micro)
         trial.batch = resolve_batch(BatchConfig(size, micro, None), layout)
         wrong = check(trial, layout, environment)
         shape = shape_of(trial.parallel) if not wrong else None
@@ -68,7 +76,7 @@ def _candidate(
         wrong, shape = error.problems, None
     if shape is None:
         return Candidate(layout, None, None, tuple(_why(problem) for problem in wrong))
-    plan = make_plan(trial, layout, shape, {}, device)
+    plan = make_plan(trial, layout, shape, {}, device, programs)
     arithmetic = plan["flops_per_step"] / layout.world / rate / (1.0 - plan["bubble"])
     sent = plan["bytes_sent_per_rank_and_step"]["total"] / bandwidth
     return Candidate(layout, arithmetic + sent, plan)

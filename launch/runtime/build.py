@@ -23,8 +23,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 """Parameter dtype of each `precision`."""
 
 
-def build(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.device, topology: Topology) -> Stage:
-    """This rank's part of the recipe's model; without a pipeline the only stage."""
+def build(
+    recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.device, topology: Topology
+) -> list[Stage]:
+    """This rank's part of the recipe's model, as its stages; without a pipeline the only one."""
     stage3, layout = cfg.zero.stage == 3, topology.layout
     settings: dict[str, Any] = {
         "dtype": DTYPES[cfg.precision.name], "attention": cfg.model.attention, "device": device,
@@ -32,7 +34,7 @@ def build(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.
     stages: list[Stage] = []
 
     def divide(model: PreTrainedModel) -> None:
-        stages.append(_divide(model, cfg, topology))
+        stages.extend(_divide(model, cfg, topology))
 
     def place(parameters: list[nn.Parameter]) -> None:
         if topology.tensor is not None:
@@ -52,19 +54,19 @@ def build(recipe: Recipe, cfg: Config, ds_config: dict[str, Any], device: torch.
     checkpoint_layers(model, cfg.train.activation_checkpointing)
     if cfg.train.compile:
         compile_layers(model)
-    return stages[0] if stages else Stage(model)
+    return stages or [Stage(model)]
 
 
-def _divide(model: PreTrainedModel, cfg: Config, topology: Topology) -> Stage:
+def _divide(model: PreTrainedModel, cfg: Config, topology: Topology) -> list[Stage]:
     """Cut and mark; `recipes.models.layouts.problems` has let it pass."""
     layout, place = topology.layout, topology.place
-    stage = Stage(model)
+    stages = [Stage(model)]
     if layout.pipeline > 1:
-        own = ranges(split(model, cfg.parallel))[place.pipeline]
-        stage = cut(model, own, place.pipeline, layout.pipeline)
+        layers = ranges(split(model, cfg.parallel))
+        stages = cut(model, {number: layers[number] for number in layout.stages_of(place.pipeline)}, layout.stages)
     if topology.tensor is not None:
         shard(model, topology.tensor)
-    return stage
+    return stages
 
 
 def _sharder(ds_config: dict[str, Any], mpu: Any) -> Place:

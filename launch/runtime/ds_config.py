@@ -64,6 +64,8 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
         "disable_python_gc": False,
     }
     if layout.pipeline > 1:
+        # Tensor ranks send a share of the hidden states each and gather them at the other end; DualPipeV cannot.
+        partitioned = layout.tensor > 1 and layout.stages == layout.pipeline
         config["pipeline"] = {
             "stages": layout.pipeline,
             "partition": "uniform",
@@ -71,9 +73,8 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
             # Layers are checkpointed inside a stage (recipes/models/build.py), not stages as a whole.
             "activation_checkpoint_interval": 0,
             "use_reentrant": False,
-            # Tensor ranks send a share of the hidden states each and gather them at the other end.
-            "pipe_partitioned": layout.tensor > 1,
-            "grad_partitioned": layout.tensor > 1,
+            "pipe_partitioned": partitioned,
+            "grad_partitioned": partitioned,
         }
     if "nvme" in (zero.offload_optimizer, zero.offload_param):
         config["aio"] = {

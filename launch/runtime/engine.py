@@ -120,7 +120,7 @@ class Engine:
 
     def _wrap(self) -> nn.Module:
         """What DeepSpeed is given."""
-        return self._built.model
+        return self._built[0].model
 
     def _adopt(self) -> None:
         """Let the recipe look at the model; what it refuses on one rank is refused on all."""
@@ -138,8 +138,8 @@ class Engine:
 
     @property
     def module(self) -> PreTrainedModel:
-        """The Hugging Face model; its parameters may be shards, its layers those of one stage."""
-        return self._built.model
+        """The Hugging Face model; its parameters may be shards, its layers those of this rank's stages."""
+        return self._built[0].model
 
     def _tensors(self, batch: NumpyBatch) -> dict[str, torch.Tensor]:
         """A micro-batch on the device; of a sequence that several ranks share, this rank's part."""

@@ -11,19 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
 from deepspeed.runtime.pipe import schedule
 from torch import distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
+from conf.batch import Layout
+from launch.planner.schedule import Instruction
 from launch.runtime.topology import Topology
-from recipes.models.stages import Stage
+from recipes.models.stages import Stage, is_tied
 
 Tensors = dict[str, torch.Tensor]
 
 
 class StageModule(nn.Module):
-    """The one layer that each pipeline stage consists of for the engine.
+    """The one layer that a pipeline stage consists of for the engine.
 
     On the last stage the output is the micro-batch's summed loss times `scale`, on the others it is hidden states.
     """
@@ -39,43 +42,48 @@ class StageModule(nn.Module):
         self._scale = 1.0
 
     def start(self, batches: Sequence[Tensors], scale: float) -> None:
-        """The micro-batches that the next forward passes take in turn; 1F1B goes through them in order."""
+        """The micro-batches that the next forward passes take in turn; every schedule goes through them in order."""
         self._batches, self._next, self._scale = batches, 0, scale
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         batch = self._batches[self._next]
         self._next += 1
         self.stage.receive(None if self.stage.first else received)
-        if self.stage.last:
-            return self._loss(self.model, batch) * self._scale
-        return self.stage.forward(**self._inputs(batch))
+        with self.stage.alone():
+            if self.stage.last:
+                return self._loss(self.model, batch) * self._scale
+            return self.stage.forward(**self._inputs(batch))
 
 
 class Stages(PipelineModule):
     """All stages as the engine wants them; only this rank's is built."""
 
-    def __init__(self, build: Callable[[], StageModule], topology: Topology):
+    def __init__(self, own: Sequence[StageModule], topology: Topology):
         super().__init__(
-            layers=[LayerSpec(_only(build))] * topology.layout.pipeline,
+            layers=[LayerSpec(_taken_from(iter(own)))] * topology.layout.stages,
             topology=topology.axes,
             partition_method="uniform",
             loss_fn=lambda loss, _: loss,
         )
-        (self.own,) = (module for module in self.children() if isinstance(module, StageModule))
-        self._tie(topology)
+        self._tie(own[0].model, topology)
 
-    def _tie(self, topology: Topology) -> None:
+    def start(self, batches: Sequence[Tensors], scale: float) -> None:
+        """The micro-batches that the next forward passes of each stage take in turn."""
+        for module in self.children():
+            if isinstance(module, StageModule):
+                module.start(batches, scale)
+
+    def _tie(self, model: PreTrainedModel, topology: Topology) -> None:
         """Groups of (first, last) stage for a tied embedding, and its copy marked so that the norm counts it once."""
-        from recipes.models.stages import is_tied
-
-        stage, self._tied = self.own.stage, []
+        self._tied: list[tuple[nn.Parameter, Any]] = []
         layout, place = topology.layout, topology.place
-        for data in range(layout.replicas if is_tied(stage.model) else 0):
+        two_copies = is_tied(model) and layout.loss_at != 0
+        for data in range(layout.replicas if two_copies else 0):
             for tensor in range(layout.tensor):
-                ranks = [topology.axes.get_rank(pipe=p, data=data, model=tensor) for p in (0, layout.pipeline - 1)]
+                ranks = [topology.axes.get_rank(pipe=p, data=data, model=tensor) for p in (0, layout.loss_at)]
                 group = dist.new_group(ranks=ranks)
                 if topology.rank in ranks:
-                    weight = next(stage.model.get_input_embeddings().parameters())
+                    weight = next(model.get_input_embeddings().parameters())
                     self._tied.append((weight, group))
                     if topology.rank != ranks[0]:
                         vars(weight).update(ds_pipe_replicated=True, tensor_model_parallel=False)
@@ -89,12 +97,16 @@ class Stages(PipelineModule):
         return self._tied
 
 
-def _only(build: Callable[[], nn.Module]) -> type[nn.Module]:
-    """A LayerSpec wants a class; this one builds the stage."""
+class StagesInV(Stages, DualPipeVModule):
+    """The same with two stages on each rank, on the way out and on the way back (DualPipeV)."""
+
+
+def _taken_from(own: Iterator[nn.Module]) -> type[nn.Module]:
+    """A LayerSpec wants a class; each call of this one returns this rank's next stage."""
 
     class Built(nn.Module):
         def __new__(cls) -> Any:
-            return build()
+            return next(own)
 
     return Built
 
@@ -161,6 +173,29 @@ def watch(engine: Any, clock: Clock, before_step: Callable[[], None]) -> None:
     engine._INSTRUCTION_MAP = {
         kind: clock.timed(kind, ours.get(kind, run)) for kind, run in engine._INSTRUCTION_MAP.items()
     }
+
+
+INSTRUCTIONS = {
+    schedule.ForwardPass: "forward", schedule.BackwardPass: "backward", schedule.CommitP2P: "commit",
+    schedule.SendActivation: "send_activation", schedule.RecvActivation: "recv_activation",
+    schedule.SendGrad: "send_grad", schedule.RecvGrad: "recv_grad",
+}  # fmt: skip
+
+
+def programs(layout: Layout, micro_batches: int) -> list[list[Instruction]]:
+    """What the engine will have each rank of a folded pipeline do in a step, for the planner."""
+
+    def named(place: int, instruction: Any) -> Instruction:
+        numbers = instruction.kwargs
+        phase = numbers.get("phase", 0)
+        stage = layout.stages_of(place)[phase]
+        return INSTRUCTIONS[type(instruction)], stage, numbers.get("buffer_id", 0) - phase * micro_batches
+
+    found = []
+    for place in range(layout.pipeline):
+        steps = schedule.DualPipeVSchedule(micro_batches, layout.pipeline, place).steps()
+        found.append([named(place, one) for step in steps for one in step if type(one) in INSTRUCTIONS])
+    return found
 
 
 def nothing() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -13,19 +13,23 @@ from torch import nn
 from conf.batch import Layout
 from conf.schema import Config
 from launch.runtime.engine import Engine, NumpyBatch, persistent_buffers
-from launch.runtime.pipeline import Clock, StageModule, Stages, nothing, watch
+from launch.runtime.pipeline import Clock, StageModule, Stages, StagesInV, nothing, watch
 from recipes.base import Recipe
 
 
 class StagedEngine(Engine):
-    """The same for a pipeline: each rank has the layers of one stage, and micro-batches pass through them in 1F1B."""
+    """The same for a pipeline: each rank has the layers of its stages, and micro-batches pass through these."""
 
     def _wrap(self) -> nn.Module:
-        def build_stage() -> StageModule:
-            return StageModule(self._built, self.recipe.loss, self.recipe.inputs)
-
-        self._stages = Stages(build_stage, self.topology)
+        own = [StageModule(stage, self.recipe.loss, self.recipe.inputs) for stage in self._built]
+        kind = StagesInV if self._folded else Stages
+        self._stages = kind(own, self.topology)
         return self._stages
+
+    @property
+    def _folded(self) -> bool:
+        """Whether the pipeline leads out and back: two stages on each rank."""
+        return len(self._built) > 1
 
     def _run(
         self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
@@ -34,14 +38,14 @@ class StagedEngine(Engine):
             self._clock = Clock(self.device)
             watch(self.ds, self._clock, lambda: self._before_update())
         # The engine divides by the accumulation; the last stage's loss is scaled up by it.
-        self._stages.own.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
+        self._stages.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
         self._before_update = lambda: before_update(self._partial(scale * self.accumulation))
         self._clock.reset()
         self._expect(micro_batches[0])
         self.ds.train_batch(nothing())
 
     def _partial(self, scale: float) -> torch.Tensor:
-        if not self._built.last:
+        if not self.topology.has_loss:
             return torch.zeros((), dtype=torch.float64, device=self.device)
         return torch.stack(self.ds.fwd_outputs).double().sum() / scale
 
@@ -57,17 +61,21 @@ class StagedEngine(Engine):
         self._shape = shape
 
     def _evaluated(self, micro_batches: Iterator[NumpyBatch]) -> Iterator[list[NumpyBatch]]:
-        at_once = max(self.accumulation, 4 * self.layout.pipeline)
+        at_once = self.accumulation if self._folded else max(self.accumulation, 4 * self.layout.pipeline)
         while batches := list(itertools.islice(micro_batches, at_once)):
             yield batches
 
     def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
         self._expect(batches[0])
-        self._stages.own.start([self._tensors(batch) for batch in batches], 1.0)
-        losses = self.ds.eval_batch(nothing(), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
-        if not self._built.last:
+        # deepspeed 0.19.8: DualPipeV finds its buffers for as many micro-batches as training has and no other number.
+        # The last one again, then, and its loss not counted.
+        missing = self.accumulation - len(batches) if self._folded else 0
+        tensors = [self._tensors(batch) for batch in [*batches, *[batches[-1]] * missing]]
+        self._stages.start(tensors, 1.0)
+        losses = self.ds.eval_batch(nothing(), reduce_output=None, bcast_loss=False, num_micro_batches=len(tensors))
+        if not self.topology.has_loss:
             return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(losses).double().sum()
+        return torch.stack(losses[: len(batches)]).double().sum()
 
     def tensors(self) -> dict[str, int]:
         return {name: size for name, (size, _) in self._all_tensors().items()}

@@ -30,9 +30,14 @@ class Topology:
     """DeepSpeed's `mpu` for tensor parallelism without a pipeline, else None: a PipelineModule makes its own."""
 
     @property
+    def has_loss(self) -> bool:
+        """Whether this rank holds the pipeline's last stage."""
+        return self.place.pipeline == self.layout.loss_at
+
+    @property
     def counts(self) -> bool:
         """Whether this rank's loss and counts enter the sums: one rank of each data and sequence place does."""
-        return self.place.tensor == 0 and self.place.pipeline == self.layout.pipeline - 1
+        return self.place.tensor == 0 and self.has_loss
 
 
 def topology(layout: Layout, rank: int) -> Topology:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conf.batch import Layout
 from conf.errors import Problem
 from conf.schema import ParallelConfig
 from recipes.models import sequence_parallel, tensor_parallel
@@ -25,7 +27,7 @@ def split(model: PreTrainedModel, parallel: ParallelConfig) -> list[int]:
     """
     costs, before, after = layer_costs(model)
     if parallel.pipeline_split is None:
-        return balanced_split(costs, before, after, parallel.pipeline)
+        return balanced_split(costs, before, after, _stages(parallel))
     given = list(parallel.pipeline_split)
     if sum(given) != len(costs):
         raise NoPlanError(f"the split has {sum(given)} layers, the model {len(costs)}")
@@ -72,15 +74,17 @@ def structural(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem
     if parallel.pipeline > 1 and (why := _no(split, model, parallel)):
         if why.startswith("the split"):
             costs = layer_costs(model)
-            nearest = f"parallel.pipeline_split={balanced_split(*costs, parallel.pipeline)}".replace(" ", "")
+            nearest = f"parallel.pipeline_split={balanced_split(*costs, _stages(parallel))}".replace(" ", "")
             found.append(Problem("parallel.pipeline_split", str(parallel.pipeline_split), why, nearest))
         else:
-            found.append(_problem("pipeline", parallel, why, lambda n: _no(_stages, model, n)))
+            found.append(
+                _problem("pipeline", parallel, why, lambda n: _no(split, model, replace(parallel, pipeline=n)))
+            )
     return found
 
 
-def _stages(model: PreTrainedModel, count: int) -> None:
-    balanced_split(*layer_costs(model), count)
+def _stages(parallel: ParallelConfig) -> int:
+    return Layout.smallest(parallel).stages
 
 
 def _no(check, *arguments) -> str | None:

@@ -68,7 +68,7 @@ class ModelShape:
     idle: int = 0
     """Elements of experts that a token does not go through: they hold memory and multiply nothing."""
     parts: tuple[Part, ...] = ()
-    """What a rank of each pipeline stage holds."""
+    """What a rank at each place of the pipeline holds."""
 
 
 def model_shape(

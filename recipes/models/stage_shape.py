@@ -5,11 +5,13 @@ The model on the meta device is divided by the very code that divides it for tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from conf.batch import Layout
 from conf.schema import ParallelConfig
 from recipes.models.collectives import RankGroup
 from recipes.models.costs import layer_costs
@@ -34,14 +36,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Part:
-    """One pipeline stage, as one of its tensor ranks sees it."""
+    """One place in the pipeline, as one of its tensor ranks sees it."""
 
     shape: ModelShape
-    """Its own numbers: parameters of this rank, layers of this stage, `vocab` columns of the head (0 without one)."""
-    layers: tuple[int, int]
-    """First layer and the one after the last."""
-    cost: float
-    """Multiply-adds per token of the stage, all tensor ranks together."""
+    """Its own numbers: parameters of this rank, layers of its stages, `vocab` columns of the head (0 without one)."""
+    layers: tuple[tuple[int, int], ...]
+    """Of each of its stages, the first layer and the one after the last."""
+    costs: tuple[float, ...]
+    """Multiply-adds per token of each of its stages, all tensor ranks together."""
     traffic: Traffic
 
 
@@ -102,17 +104,22 @@ def parts(
     network: PreTrainedModel, shape: ModelShape, activations: Activations | None, traffic: Traffic,
     plan: StagePlan, parallel: ParallelConfig,
 ) -> tuple[Part, ...]:  # fmt: skip
-    """The stages of a divided network. `shape` is that of the whole model, `activations` and `traffic` are traced on
-    the divided one, `plan` was made of the whole one."""
-    own, (per_layer, before, after) = plan.stages, plan.costs
-    held = [_held(network, layers, index, len(own)) for index, layers in enumerate(own)]
+    """The places of a divided network's pipeline.
+
+    `shape` is that of the whole model, `activations` and `traffic` are traced on the divided one, `plan` was made of
+    the whole one.
+    """
+    per_layer, before, after = plan.costs
+    layout = Layout.smallest(parallel)
+    layer_sizes = shape.layer_parameters and [
+        sum(p.numel() for p in layer.parameters()) for layer in _layers(network, parallel)
+    ]
     found = []
-    for index, layers in enumerate(own):
-        first, last = index == 0, index == len(own) - 1
-        tensors = held[index]
-        layer_sizes = shape.layer_parameters and [
-            sum(p.numel() for p in layer.parameters()) for layer in _layers(network, parallel)
-        ]
+    for place in range(layout.pipeline):
+        own = {stage: plan.stages[stage] for stage in layout.stages_of(place)}
+        layers = [number for stage in own.values() for number in stage]
+        first, last = 0 in own, layout.stages - 1 in own
+        tensors = _all(network) if layout.pipeline == 1 else _held(network, layers, first, last)
         table, head = network.get_input_embeddings(), network.get_output_embeddings()
         table_size = sum(p.numel() for p in table.parameters()) if first or (last and is_tied(network)) else 0
         head_size = sum(p.numel() for p in head.parameters()) if head is not None and last and not shape.tied else 0
@@ -132,10 +139,14 @@ def parts(
                 outside=activations.outside if first else 0,
             ),
         )
+        costs = tuple(
+            sum(per_layer[i] for i in numbers) + before * (stage == 0) + after * (stage == layout.stages - 1)
+            for stage, numbers in own.items()
+        )
         share = len(layers) / max(1, len(per_layer))
         moved = Traffic(round(traffic.forward * share), round(traffic.backward * share))
-        cost = sum(per_layer[i] for i in layers) + before * first + after * last
-        found.append(Part(local, (layers.start, layers.stop), cost, moved))
+        spans = tuple((numbers.start, numbers.stop) for numbers in own.values())
+        found.append(Part(local, spans, costs, moved))
     return tuple(found)
 
 
@@ -147,10 +158,14 @@ def _layers(network: PreTrainedModel, parallel: ParallelConfig) -> list[torch.nn
     return list(network.base_model.get_submodule(pipeline_plan(network).layers).children())
 
 
-def _held(network: PreTrainedModel, layers: range, index: int, count: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """(name, shape) of the parameters of a stage."""
-    if count == 1:
-        return tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
+def _all(network: PreTrainedModel) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(p.shape)) for name, p in network.named_parameters())
+
+
+def _held(
+    network: PreTrainedModel, layers: Sequence[int], first: bool, last: bool
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(name, shape) of the parameters of a place in the pipeline."""
     plan, prefix = pipeline_plan(network), f"{network.base_model_prefix}."
     tied = is_tied(network)
     table = network.get_input_embeddings()
@@ -160,10 +175,10 @@ def _held(network: PreTrainedModel, layers: range, index: int, count: int) -> tu
         if inside.startswith(f"{plan.layers}."):
             mine = int(inside.removeprefix(f"{plan.layers}.").split(".")[0]) in layers
         elif any(inside.startswith(f"{path}.") for path in plan.before):
-            tied_copy = tied and index == count - 1 and any(parameter is own for own in table.parameters())
-            mine = index == 0 or tied_copy
+            tied_copy = tied and last and any(parameter is own for own in table.parameters())
+            mine = first or tied_copy
         else:
-            mine = index == count - 1
+            mine = last
         if mine:
             held.append((name, tuple(parameter.shape)))
     return tuple(held)

@@ -8,7 +8,8 @@ length, so that per-layer settings (`layer_types[i]`) stay right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,13 +53,14 @@ class NoEmbedding(nn.Module):
 
 
 class Stage:
-    """One stage of a pipeline: `model` is the Hugging Face model cut down to it (see `cut`), or, of one, whole."""
+    """One stage of a pipeline: `model` is the Hugging Face model cut down to a rank's stages (see `cut`), or whole."""
 
     def __init__(self, model: PreTrainedModel, index: int = 0, count: int = 1):
         self.model = model
         self.first, self.last = index == 0, index == count - 1
         self._received: torch.Tensor | None = None
         self._leaving: torch.Tensor | None = None
+        self._elsewhere: dict[str, nn.Module] = {}
 
     def hook(self, layers: nn.ModuleList, own: range) -> None:
         """Take in what the previous stage sends, and give out what the last own layer returns."""
@@ -66,6 +68,22 @@ class Stage:
             layers[own.start].register_forward_pre_hook(self._enter, with_kwargs=True)
         if not self.last:
             layers[own[-1]].register_forward_hook(self._leave)
+
+    def pass_through(self, elsewhere: dict[str, nn.Module]) -> None:
+        """Placeholders of modules that belong to another stage of this rank, in place during a forward pass only."""
+        self._elsewhere = elsewhere
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The model with this stage's parts only; every forward pass of the stage runs in here."""
+        theirs = {path: self.model.get_submodule(path) for path in self._elsewhere}
+        for path, placeholder in self._elsewhere.items():
+            self.model.set_submodule(path, placeholder)
+        try:
+            yield
+        finally:
+            for path, module in theirs.items():
+                self.model.set_submodule(path, module)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self._received is None:
@@ -89,43 +107,48 @@ class Stage:
         return leaving
 
 
-def cut(model: PreTrainedModel, own: range, index: int, count: int) -> Stage:
-    """Cut `model` down, in place, to stage `index` of `count` with the layers `own`.
+def cut(model: PreTrainedModel, own: Mapping[int, range], count: int) -> list[Stage]:
+    """Cut `model` down, in place, to the stages `own` (number → layers) of `count`, and return these in order.
 
     A tied last stage keeps the embedding, unused, as the owner of its head's weight: names stay those of the family.
     """
-    plan = pipeline_plan(model)
-    base = model.base_model
-    layers = base.get_submodule(plan.layers)
+    layers = model.base_model.get_submodule(pipeline_plan(model).layers)
     assert isinstance(layers, nn.ModuleList)
-    table = model.get_input_embeddings()
-    tied = is_tied(model)
-    first, last = index == 0, index == count - 1
-    if not first:
-        for path in plan.before:
-            absent = find(base, path)
-            if absent is None:
-                continue
-            if last and tied and absent is table:
-                vars(table)["forward"] = NoEmbedding(absent).forward
-            else:
-                placeholder = NoEmbedding(absent) if isinstance(absent, nn.Embedding) else PassThrough(absent)
-                base.set_submodule(path, placeholder)
-    for number, layer in enumerate(layers):
+    stages = [Stage(model, index, count) for index in own]
+    for stage, mine in zip(stages, own.values(), strict=True):
+        stage.hook(layers, mine)
+    absent = [_absent(model, stage, mine) for stage, mine in zip(stages, own.values(), strict=True)]
+    nowhere = [path for path in absent[0] if all(path in placeholders for placeholders in absent)]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    has_head = any(stage.last for stage in stages)
+    for path in nowhere:
+        if has_head and is_tied(model) and model.get_submodule(path) is table:
+            vars(table)["forward"] = NoEmbedding(table).forward
+        else:
+            model.set_submodule(path, absent[0][path])
+    if head is not None and not has_head:
+        model.all_tied_weights_keys = {}
+    for stage, placeholders in zip(stages, absent, strict=True):
+        stage.pass_through({path: module for path, module in placeholders.items() if path not in nowhere})
+    return stages
+
+
+def _absent(model: PreTrainedModel, stage: Stage, own: range) -> dict[str, nn.Module]:
+    """Path in `model` → placeholder, for every module that `stage` with the layers `own` does without."""
+    plan, base = pipeline_plan(model), model.base_model
+    names = {id(module): name for name, module in model.named_modules()}
+    placeholders: dict[str, nn.Module] = {}
+    for path in plan.before if not stage.first else ():
+        if (absent := find(base, path)) is not None:
+            made = NoEmbedding(absent) if isinstance(absent, nn.Embedding) else PassThrough(absent)
+            placeholders[names[id(absent)]] = made
+    for number, layer in enumerate(base.get_submodule(plan.layers).children()):
         if number not in own:
-            layers[number] = PassThrough(layer, plan.pair)
-    if not last:
-        for path in plan.after:
-            if (absent := find(base, path)) is not None:
-                base.set_submodule(path, PassThrough(absent))
-        head = model.get_output_embeddings()
-        if head is not None:
-            path = next(name for name, module in model.named_modules() if module is head)
-            model.set_submodule(path, PassThrough(head))
-            model.all_tied_weights_keys = {}
-    stage = Stage(model, index, count)
-    stage.hook(layers, own)
-    return stage
+            placeholders[names[id(layer)]] = PassThrough(layer, plan.pair)
+    if not stage.last:
+        after = [*(find(base, path) for path in plan.after), model.get_output_embeddings()]
+        placeholders |= {names[id(absent)]: PassThrough(absent) for absent in after if absent is not None}
+    return placeholders
 
 
 def is_tied(model: PreTrainedModel) -> bool:

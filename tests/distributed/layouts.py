@@ -56,6 +56,7 @@ class Case:
     packed: bool = True
     precision: str = "fp32"
     accumulation_dtype: str = "fp32"
+    schedule: str = "1f1b"
 
     @property
     def world(self) -> int:
@@ -73,6 +74,7 @@ def configuration(case: Case) -> tuple[Config, Layout]:
     cfg.precision.name, cfg.precision.accumulation_dtype = case.precision, case.accumulation_dtype
     cfg.data.packing = "documents" if case.packed else "none"
     cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.sequence = case.tensor, case.pipeline, case.sequence
+    cfg.parallel.schedule = case.schedule
     return cfg, Layout.of(case.world, cfg.parallel)
 
 

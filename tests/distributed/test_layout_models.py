@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from tiny import TinyCausalLM, plain_model
 from transformers import AutoModelForCausalLM
 
-from launch.planner.schedule import bubble
+from conf.batch import Layout
+from launch.planner.schedule import bubble, simulated_bubble
+from launch.runtime.pipeline import programs
 
 pytestmark = pytest.mark.slow
 ROUND_TRIPS = [
@@ -25,6 +27,7 @@ ROUND_TRIPS = [
     Case("smollm2", stage=3, data=2),
     Case("qwen3", stage=3, data=2, tensor=2),
     Case("llama", pipeline=4, sequence=2),
+    Case("qwen3", pipeline=2, tensor=2, accumulation=4, schedule="dualpipev"),
 ]
 
 
@@ -91,6 +94,7 @@ in the gradient of one parameter), because the reference is fp32."""
         Case("qwen3", precision="bf16", pipeline=2, data=2, accumulation=4),
         Case("qwen3", precision="bf16", pipeline=2, accumulation_dtype="bf16"),
         Case("qwen3", 0, precision="bf16", pipeline=2, accumulation=4, accumulation_dtype="bf16"),
+        Case("qwen3", precision="bf16", pipeline=2, data=2, accumulation=4, schedule="dualpipev"),
         Case("qwen3", 2, precision="bf16", tensor=2),
         Case("llama", 0, precision="bf16_autocast", pipeline=2, tensor=2),
         Case("llama", 1, precision="bf16", sequence=2),
@@ -143,13 +147,13 @@ class _Slow(torch.autograd.Function):
         return gradient
 
 
-def bubble_of(rank: int, world: int, split: list[int], accumulation: int) -> float:
+def bubble_of(rank: int, world: int, split: list[int], accumulation: int, schedule: str = "1f1b") -> float:
     """Measured bubble of a step in which every layer takes 50 ms forward and 50 ms backward."""
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import training_batches
     from launch.runtime.staged import make_engine
 
-    cfg, layout = configuration(Case("llama", pipeline=world, accumulation=accumulation))
+    cfg, layout = configuration(Case("llama", pipeline=world, accumulation=accumulation, schedule=schedule))
     cfg.parallel.pipeline_split = split
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
@@ -174,4 +178,14 @@ def test_the_bubble_is_what_the_plan_predicts(split: list[int], micro_batches: i
     if len(set(split)) == 1:
         assert expected == pytest.approx((len(split) - 1) / (micro_batches + len(split) - 1))
     for measured in run_ranks(len(split), bubble_of, split, micro_batches):
+        assert expected - 0.005 < measured < 1.1 * expected + 0.04
+
+
+@pytest.mark.parametrize("micro_batches", [4, 8])
+def test_the_bubble_of_dualpipev(micro_batches: int) -> None:
+    """The same for two stages on each rank; the prediction is the time of the engine's own instructions."""
+    layout = Layout(2, 1, pipeline=2, schedule="dualpipev")
+    expected = simulated_bubble(programs(layout, micro_batches), [1, 1, 1, 1], backward=1.0)
+    assert expected < bubble([1, 1], micro_batches)
+    for measured in run_ranks(2, bubble_of, [1, 1, 1, 1], micro_batches, "dualpipev"):
         assert expected - 0.005 < measured < 1.1 * expected + 0.04

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
@@ -36,6 +37,30 @@ def results(world: int) -> dict[Case, list]:
 @pytest.mark.parametrize("case", SUBSET, ids=str)
 def test_gradients_and_losses_of_a_layout(case: Case) -> None:
     for what, error in errors(case, results(case.world)[case]).items():
+        assert error < RELATIVE, f"{what}: {error:.1e}"
+
+
+DEEP = json.dumps({"vocab_size": 61, **MODELS["qwen3"], "num_hidden_layers": 9})
+FOLDED = [
+    Case("llama", 0, tensor=2, pipeline=2, checkpointing=1, packed=False, accumulation=4, schedule="dualpipev"),
+    Case("smollm2", 1, data=2, pipeline=2, checkpointing=1, accumulation=4, schedule="dualpipev"),
+    Case("gpt2", 1, pipeline=2, sequence=2, accumulation=4, schedule="dualpipev"),
+    Case("mixtral", 0, data=2, pipeline=2, accumulation=4, schedule="dualpipev"),
+    Case(DEEP, 1, pipeline=4, accumulation=8, schedule="dualpipev"),
+]
+"""DualPipeV with all that it can be combined with; nine tied layers over eight stages."""
+
+
+@functools.cache
+def folded_results() -> list[list]:
+    return run_ranks(4, train, FOLDED, timeout_s=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(FOLDED)), ids=[str(case) for case in FOLDED])
+def test_a_folded_pipeline(number: int) -> None:
+    """The same bound; evaluation has other numbers of micro-batches than training."""
+    for what, error in errors(FOLDED[number], [rank[number] for rank in folded_results()]).items():
         assert error < RELATIVE, f"{what}: {error:.1e}"
 
 

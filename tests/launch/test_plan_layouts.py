@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from commands import PLAN, environment, run
 
+from conf.batch import Layout
 from conf.schema import DataConfig, ModelConfig, ParallelConfig
-from launch.planner.schedule import bubble, in_flight
+from launch.planner.schedule import bubble, in_flight, simulated_bubble, simulated_in_flight
 from recipes.models.shape import model_shape
 from recipes.models.stages import balanced_split
 
@@ -29,9 +30,12 @@ def test_stages_add_up_to_the_model() -> None:
     for pipeline in (2, 4):
         parts = shape(ParallelConfig(pipeline=pipeline)).parts
         assert sum(part.shape.parameters for part in parts) == whole.parameters
-        assert [part.layers[0] for part in parts[1:]] == [part.layers[1] for part in parts[:-1]]
+        assert [part.layers[0][0] for part in parts[1:]] == [part.layers[0][1] for part in parts[:-1]]
     first, last = shape(ParallelConfig(pipeline=2), tie_word_embeddings=True).parts
     assert first.shape.embedding == last.shape.embedding == 61 * 32, "a tied embedding is on both"
+    ends, turn = shape(ParallelConfig(pipeline=2, schedule="dualpipev"), tie_word_embeddings=True).parts
+    assert (ends.layers, turn.layers) == (((0, 1), (3, 4)), ((1, 2), (2, 3)))
+    assert ends.shape.parameters + turn.shape.parameters == whole.parameters - 61 * 32, "one embedding, on one rank"
 
 
 def test_a_rank_holds_what_is_divided_and_what_is_not() -> None:
@@ -60,6 +64,23 @@ def test_the_bubble_by_hand() -> None:
     assert in_flight(0, 4, 2) == 2
 
 
+def folded(ranks: int, micro_batches: int) -> list:
+    from launch.runtime.pipeline import programs
+
+    return programs(Layout(ranks, 1, pipeline=ranks, schedule="dualpipev"), micro_batches)
+
+
+def test_the_bubble_of_a_folded_pipeline() -> None:
+    """Shorter than in 1F1B, and the more micro-batches the shorter; two stages of each rank count for one."""
+    for ranks, micro_batches in ((2, 4), (2, 16), (4, 8), (4, 32)):
+        costs = [1.0] * (2 * ranks)
+        found = simulated_bubble(folded(ranks, micro_batches), costs)
+        assert 0 < found < bubble([1.0] * ranks, micro_batches), "less than 1F1B"
+    more = [simulated_bubble(folded(2, steps), [1.0] * 4) for steps in (4, 8, 16, 32)]
+    assert more == sorted(more, reverse=True)
+    assert simulated_in_flight(folded(2, 8)[0], {0: 0.5, 3: 0.5}) == pytest.approx(2.5)
+
+
 def test_stages_of_equal_cost() -> None:
     assert balanced_split([1, 1, 1, 1], 0, 0, 2) == [2, 2]
     assert balanced_split([1, 1, 1, 1], 0, 2, 2) == [3, 1], "a head as heavy as two layers"
@@ -78,7 +99,10 @@ def test_the_search_lists_what_is_legal_and_why_the_rest_is_not(tmp_path: Path) 
     listed = json.loads(run([*command, "format=json"], tmp_path, env).stdout, parse_constant=pytest.fail)
     legal = [entry for entry in listed if entry["plan"]]
     assert [entry["seconds"] for entry in legal] == sorted(entry["seconds"] for entry in legal)
-    assert all(entry["why_not"] for entry in listed if not entry["plan"]) and len(listed) == 4 * 4
+    assert all(entry["why_not"] for entry in listed if not entry["plan"])
+    assert len(listed) == 4 * 4 + sum(entry["layout"]["pipeline"] > 1 for entry in listed) / 2
+    folded = next(entry for entry in legal if entry["layout"]["schedule"] == "dualpipev")
+    assert folded["plan"]["batch"]["accumulation"] >= 2 * folded["layout"]["pipeline"]
     for wrong in ("rate=0", "bandwidth=nan", "rate=fast"):
         done = run([*command, wrong], tmp_path, env)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {wrong}"), done.stderr
