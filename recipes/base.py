@@ -74,6 +74,14 @@ class Recipe(ABC):
         """A micro-batch of exactly `size` rows; missing ones are filled up with rows that supervise nothing."""
 
     @abstractmethod
+    def widen(self, batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+        """`batch` (of `width(batch)` tokens a row) with padding up to `width`, which supervises nothing."""
+
+    def width(self, batch: Mapping[str, np.ndarray]) -> int:
+        """Tokens of each row, padding included."""
+        return batch["input_ids"].shape[1]
+
+    @abstractmethod
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         """(supervised targets, real unpadded tokens) of a micro-batch: the loss's denominator and the throughput's."""
 

@@ -134,6 +134,14 @@ class CausalLM(Recipe):
             batch["position_ids"] = positions
         return batch
 
+    def widen(self, batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+        size, present = batch["input_ids"].shape
+        padding = empty_row(width - present, self.tokenizer.pad_token_id or 0)
+        return {
+            name: np.concatenate([values, np.broadcast_to(padding[name], (size, width - present))], axis=1)
+            for name, values in batch.items()
+        }
+
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         from recipes.models.loss import IGNORE
 

@@ -143,6 +143,8 @@ class Engine:
 
     def _tensors(self, batch: NumpyBatch) -> dict[str, torch.Tensor]:
         """A micro-batch on the device; of a sequence that several ranks share, this rank's part."""
+        if short := -self.recipe.width(batch) % self.layout.sequence:
+            batch = self.recipe.widen(dict(batch), self.recipe.width(batch) + short)
         tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in batch.items()}
         return self._sequence.split(tensors) if self._sequence is not None else tensors
 

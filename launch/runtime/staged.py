@@ -37,6 +37,7 @@ class StagedEngine(Engine):
         if self._clock is None:
             self._clock = Clock(self.device)
             watch(self.ds, self._clock, lambda: self._before_update())
+        micro_batches = self._of_one_width(micro_batches)
         # The engine divides by the accumulation; the last stage's loss is scaled up by it.
         self._stages.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
         self._before_update = lambda: before_update(self._partial(scale * self.accumulation))
@@ -65,7 +66,15 @@ class StagedEngine(Engine):
         while batches := list(itertools.islice(micro_batches, at_once)):
             yield batches
 
+    def _of_one_width(self, batches: Sequence[NumpyBatch]) -> list[NumpyBatch]:
+        """What stages send each other has one shape; unpacked micro-batches are as wide as their longest row."""
+        width = max(self.recipe.width(batch) for batch in batches)
+        return [
+            batch if self.recipe.width(batch) == width else self.recipe.widen(dict(batch), width) for batch in batches
+        ]
+
     def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
+        batches = self._of_one_width(batches)
         self._expect(batches[0])
         # deepspeed 0.19.8: DualPipeV finds its buffers for as many micro-batches as training has and no other number.
         # The last one again, then, and its loss not counted.

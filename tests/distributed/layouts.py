@@ -121,12 +121,18 @@ def reference(model: str, packed: bool, steps: int = STEPS) -> tuple[list[Any], 
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
 
     def loss_of(rows: list[dict]) -> torch.Tensor:
+        if not packed:  # of unequal lengths: one by one, without any padding
+            supervised = sum(int((row["labels"] != -100).sum()) for row in rows)
+            return sum((summed(row) for row in rows), torch.zeros(())) / supervised
         ids, labels, positions = (
             torch.tensor(np.stack([r[k] for r in rows])) for k in ("input_ids", "labels", "position_ids")
         )
-        where = {"position_ids": positions} if packed else {}
-        logits = network(input_ids=ids, use_cache=False, **where).logits
+        logits = network(input_ids=ids, position_ids=positions, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def summed(row: dict) -> torch.Tensor:
+        logits = network(input_ids=torch.tensor(row["input_ids"])[None], use_cache=False).logits[0]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"]), reduction="sum")
 
     done = []
     for step in range(steps):
