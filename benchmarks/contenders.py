@@ -103,7 +103,7 @@ def ours(job: Job, pause: Callable[[], None]) -> Loss:
             pause()
 
     loop.run(engine, job.recipe, job.cfg, job.layout, job.rank, job.steps, log)
-    return lambda batch: engine.evaluate(iter([batch]))["loss"]
+    return lambda batch: engine.evaluate(iter([batch])).metrics["loss"]
 
 
 def by_hand(job: Job, pause: Callable[[], None]) -> Loss:

@@ -11,19 +11,22 @@ from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, did_you_mean
 from conf.rules_values import changed, shown
-from conf.schema import SOURCES, Config, SourceConfig
+from conf.schema import Config, SourceConfig
 
 COLUMNS = ("text", "prompt", "completion", "messages")
 TAKES: dict[str, tuple[str, ...]] = {
     "stdlib": (),
     "text": ("path", "eval_path"),
     "jsonl": ("path", "eval_path", *COLUMNS),
-    "csv": ("path", "eval_path", "delimiter", "text", "prompt", "completion"),
+    "csv": ("path", "eval_path", "delimiter", "header", "text", "prompt", "completion"),
     "parquet": ("path", "eval_path", *COLUMNS),
     "hub": ("name", "subset", "split", "eval_split", *COLUMNS),
+    **dict.fromkeys(("conll", "squad", "lines", "idx", "images"), ("path", "eval_path")),
+    **dict.fromkeys(("digits", "line"), ()),
 }
 """Kind of source → the keys that it reads."""
-NEEDS = {"text": "path", "jsonl": "path", "csv": "path", "parquet": "path", "hub": "name"}
+NEEDS = dict.fromkeys(("text", "jsonl", "csv", "parquet", "conll", "squad", "lines", "idx", "images"), "path")
+NEEDS["hub"] = "name"
 POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 """What transformers' configs call the number of positions."""
 
@@ -114,7 +117,7 @@ def paths(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     for where, source in _sources(cfg):
         for key in ("path", "eval_path"):
             value = getattr(source, key)
-            if not value or source.kind not in SOURCES or key not in TAKES[source.kind]:
+            if not value or source.kind not in TAKES or key not in TAKES[source.kind]:
                 continue
             path = Path(value).expanduser()
             if path.exists():

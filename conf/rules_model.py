@@ -84,14 +84,19 @@ def weights(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     if not path:
         return
     if path.startswith("package:"):
-        package = path.removeprefix("package:")
+        package, _, below = path.removeprefix("package:").partition("/")
         found = importlib.util.find_spec(package) if package.isidentifier() else None
         if found is None or found.origin is None:
             rule = "no such installed Python package (its import name, not its name on PyPI)"
             near = did_you_mean(package, _packages())
             yield Problem("model.path", path, rule, f"model.path=package:{near}" if near else "pip install it first")
             return
-        folder = Path(found.origin).parent
+        folder = Path(found.origin).parent / below
+        if not folder.is_dir():
+            holders = [file.parent for file in folder.parent.rglob("*.safetensors")]
+            nearest = f"model.path=package:{package}/{holders[0].relative_to(folder.parent)}" if holders else ""
+            yield Problem("model.path", path, f"the package has no folder {below}", nearest)
+            return
     else:
         folder = Path(path).expanduser()
         local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1

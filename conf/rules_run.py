@@ -77,7 +77,7 @@ def compiling(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
 
 def without_effect(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """Keys that would change nothing are refused, so that nobody believes they did."""
-    if cfg.eval.prompt is None and changed(cfg.eval, "new_tokens"):
+    if cfg.eval.prompt is None and changed(cfg.eval, "new_tokens") and cfg.task != "translation":
         rule = "without a prompt nothing is completed"
         yield Problem("eval.new_tokens", str(cfg.eval.new_tokens), rule, "eval.prompt='Once upon a time'")
     if changed(cfg.track, "project") and not {"wandb", "mlflow"} & set(cfg.track.to):
@@ -153,4 +153,17 @@ def _free(path: Path) -> Path:
     return path.with_name(f"{path.name}-{number}")
 
 
-RULES = (length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, run_dir)
+def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A best model is chosen among several evaluations, and waited for by a metric."""
+    metric, every = cfg.eval.metric, cfg.eval.every
+    if metric is not None and not every:
+        yield Problem(
+            "eval.metric", metric, "there is one evaluation, and so no choice", "eval.every=50"
+        )
+    if cfg.eval.patience is not None and metric is None:
+        yield Problem("eval.patience", str(cfg.eval.patience), "no metric says what is better", "eval.metric=loss")
+    if cfg.eval.beams != 1 and cfg.task != "translation":
+        yield Problem("eval.beams", str(cfg.eval.beams), f"{cfg.task} does not search", "eval.beams=1")
+
+
+RULES = (best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, run_dir)

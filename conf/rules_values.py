@@ -16,11 +16,13 @@ from conf.schema import (
     ACCUMULATION_DTYPES,
     DEVICES,
     OFFLOADS,
+    OVERLONG,
     PACKINGS,
     PIPELINE_SCHEDULES,
     PRECISIONS,
     SCHEDULES,
     SOURCES,
+    TASK_SOURCES,
     TASKS,
     TRACKERS,
     Config,
@@ -81,13 +83,17 @@ RANGES: dict[str, Range] = {
     "eval.every": ANY_COUNT,
     "eval.micro_size": SOME,
     "eval.new_tokens": SOME,
+    "eval.patience": SOME,
+    "eval.beams": SOME,
+    "data.stride": ANY_COUNT,
 }
 """Batch sizes and parallel degrees have theirs in conf/batch.py."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "task": TASKS,
     "device": DEVICES,
-    "data.kind": (*SOURCES, "mixture"),
+    "data.kind": (*TASK_SOURCES, "mixture"),
+    "data.overlong": OVERLONG,
     "data.packing": PACKINGS,
     "precision.name": PRECISIONS,
     "precision.accumulation_dtype": ACCUMULATION_DTYPES,

@@ -7,15 +7,24 @@ Hydra merges the YAML groups over these dataclasses, so a wrong type or an unkno
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16_autocast")
-TASKS = ("causal_lm",)
+TASKS = tuple(
+    file.stem
+    for file in sorted(Path(__file__).parents[1].glob("recipes/*.py"))
+    if "\nrecipe = " in file.read_text(encoding="utf-8")
+)
+"""Modules of `recipes/` that name their `recipe`."""
 ACCUMULATION_DTYPES = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PACKINGS = ("documents", "blocks", "none")
 PIPELINE_SCHEDULES = ("1f1b", "dualpipev")
 SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
+TASK_SOURCES = (*SOURCES, "conll", "squad", "lines", "idx", "images", "digits", "line")
+"""Kinds of data of all tasks; `SOURCES` are those of a language model, and of its mixtures."""
+OVERLONG = ("truncate", "refuse")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
 OFFLOADS = ("none", "cpu", "nvme")
 DEVICES = ("auto", "cpu", "cuda")
@@ -44,7 +53,8 @@ class SourceConfig:
     """Where rows come from. One source; `data.mixture` holds several."""
 
     kind: str = "stdlib"
-    """stdlib | text | jsonl | csv | parquet | hub (mixture: the sources of `data.mixture`)."""
+    """stdlib | text | jsonl | csv | parquet | hub (mixture: the sources of `data.mixture`); other tasks also conll |
+    squad | lines | idx | images | digits | line (a straight line)."""
     path: str | None = None
     """File, folder or glob (text, jsonl, csv, parquet). Relative paths are relative to the working directory."""
     eval_path: str | None = None
@@ -67,6 +77,8 @@ class SourceConfig:
     """Column with a chat (list of {role, content}); the loss is on the assistant's turns only."""
     delimiter: str = ","
     """Field delimiter of csv files."""
+    header: list[str] | None = None
+    """Column names of csv files that have no header line."""
     weight: float = 1.0
     """Share of this source in a mixture, in sequences, relative to the other weights."""
 
@@ -77,6 +89,41 @@ class DataConfig(SourceConfig):
 
     mixture: list[SourceConfig] = field(default_factory=list)
     """Several weighted sources; when not empty, the single-source keys above must keep their defaults."""
+    label: str | None = None
+    """Column with the class, the list of classes, the tags of the tokens (conll: its number), or the number to
+    predict."""
+    pair: str | None = None
+    """Column with a second text (sequence_classification)."""
+    tokens: str | None = None
+    """Column with the list of tokens (token_classification; conll: its number)."""
+    question: str | None = None
+    """Column with the question (question_answering)."""
+    context: str | None = None
+    """Column with the text that holds the answer."""
+    answers: str | None = None
+    """Column with `{text: […], answer_start: […]}`, as SQuAD has it."""
+    source: str | None = None
+    """Column with the text to translate, or of an object of languages (`translation.en`)."""
+    target: str | None = None
+    """Column with its translation."""
+    target_path: str | None = None
+    """File aligned with `path`, line by line (lines), or the labels of its images (idx)."""
+    eval_target_path: str | None = None
+    """The same for `eval_path`."""
+    image: str | None = None
+    """Column with the image (hub)."""
+    features: list[str] = field(default_factory=list)
+    """Columns with numbers (regression); empty: a text."""
+    labels: list[str] | None = None
+    """Names of the classes in the order of their numbers; null: those of the training rows, sorted."""
+    multi_label: bool = False
+    """A row has any number of classes."""
+    overlong: str = "truncate"
+    """What happens to a row longer than `seq_length`: truncate (and count) | refuse."""
+    stride: int = 64
+    """Tokens that neighbouring windows of a long text share (question_answering)."""
+    bucketing: bool = True
+    """Rows of similar length share a batch (all tasks but causal_lm)."""
     seq_length: int = 512
     """Tokens per sequence."""
     packing: str = "documents"
@@ -241,10 +288,16 @@ class EvalConfig:
     """Evaluate each n optimizer steps; 0: only before the first and after the last."""
     micro_size: int | None = None
     """Sequences per forward pass of one data rank; null: `batch.micro_size`."""
+    metric: str | None = None
+    """Metric of the task that decides which model is kept: that of the best evaluation; null: the last one."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a better `metric`; null: train to the end."""
+    beams: int = 1
+    """Beams of the search (translation); 1: greedy."""
     prompt: str | None = None
     """Completed by the exported model at the end; null: no completion."""
     new_tokens: int = 48
-    """Length of that completion."""
+    """Length of that completion, or the most tokens of a translation."""
 
 
 @dataclass

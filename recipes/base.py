@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from conf.errors import Problem
+from conf.errors import Problem, did_you_mean
 from conf.schema import Config
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+Prediction = dict[str, Any]
+"""Of one held-out row: `id`, `prediction`, `label`, and what else the task's metrics need (keys that begin with `_` are
+not written down)."""
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while rows are read and tokenised."""
 
@@ -34,6 +37,8 @@ class Recipe(ABC):
     `model_config` / `hf_class` for building, then `collate`, `loss` and `metrics` from the loop.
     """
 
+    METRICS: ClassVar[Mapping[str, str]] = {"loss": "min"}
+    """Metrics that can decide which model is best, each with min or max."""
     train: Rows
     """Endless over epochs: `row(i)` takes the global sample index, any i >= 0; `len` is one epoch."""
     held_out: Rows
@@ -45,6 +50,15 @@ class Recipe(ABC):
     @abstractmethod
     def check(self) -> list[Problem]:
         """What is wrong with the data, as far as it shows at a glance (files, columns). Never imports torch."""
+
+    def check_evaluation(self) -> list[Problem]:
+        """What is wrong with the metric that decides."""
+        metric = self.cfg.eval.metric
+        if metric is None or metric in self.METRICS:
+            return []
+        near = did_you_mean(metric, self.METRICS) or next(iter(self.METRICS))
+        rule = f"{self.cfg.task} has {', '.join(self.METRICS)}"
+        return [Problem("eval.metric", metric, rule, f"eval.metric={near}")]
 
     @abstractmethod
     def prepare(self, progress: Progress | None = None) -> None:
@@ -85,6 +99,10 @@ class Recipe(ABC):
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         """(supervised targets, real unpadded tokens) of a micro-batch: the loss's denominator and the throughput's."""
 
+    def places(self, batch: Mapping[str, np.ndarray]) -> int:
+        """Places for tokens in a micro-batch, padding included."""
+        return batch["input_ids"].size
+
     @abstractmethod
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The arguments of the model's forward pass; on every pipeline stage."""
@@ -93,9 +111,36 @@ class Recipe(ABC):
     def loss(self, model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum (not mean) of the loss over the supervised targets of a micro-batch, a scalar in fp32."""
 
+    def evaluate(self, model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+        """(`loss`, what `predictions` needs) of a held-out micro-batch; arrays of (B, …), on the host."""
+        return self.loss(model, batch), {}
+
+    def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
+        """The predictions for the rows of a held-out micro-batch, without those that fill it up."""
+        return []
+
     @abstractmethod
-    def metrics(self, loss: float, supervised: int) -> dict[str, float]:
-        """Named metrics of an evaluation, `loss` (mean over supervised targets) included."""
+    def metrics(self, loss: float, supervised: int, predictions: Sequence[Prediction] = ()) -> dict[str, float]:
+        """Named metrics of an evaluation, `loss` (mean over supervised targets) included.
+
+        predictions: of all held-out rows, in the order of their numbers.
+        """
+
+    def merged(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """One prediction for each thing that is counted, from those of its parts (windows of a long text)."""
+        return list(predictions)
+
+    def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """More to look at after the last evaluation (a table of classes, a confusion matrix), as JSON values."""
+        return {}
+
+    def new_head(self) -> bool:
+        """Whether pretrained weights may lack the head, which is then new."""
+        return False
+
+    def said(self) -> str | None:
+        """A line about the data, for the log."""
+        return None
 
     @abstractmethod
     def save_processor(self, folder: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from conf.batch import sizes
 from conf.errors import Problem, RequestError
-from recipes.base import Progress, Recipe
+from recipes.base import Prediction, Progress, Recipe
 from recipes.data.packing import collate, empty_row
 
 if TYPE_CHECKING:
@@ -25,10 +25,13 @@ DEFAULT_VOCABULARY = 8192
 class CausalLM(Recipe):
     """Predict the next token; the loss is over the supervised tokens only."""
 
+    METRICS: ClassVar[Mapping[str, str]] = {"loss": "min", "perplexity": "min"}
+
     def check(self) -> list[Problem]:
         from recipes.data.sources import check
+        from recipes.supervised import OF_ALL, OF_LANGUAGE_MODELS, foreign_keys
 
-        return check(self.cfg.data)
+        return [*foreign_keys(self.cfg, OF_LANGUAGE_MODELS, OF_ALL), *check(self.cfg.data)]
 
     def prepare(self, progress: Progress | None = None) -> None:
         from recipes.data.cache import prepare
@@ -57,31 +60,11 @@ class CausalLM(Recipe):
 
     def _check_model(self) -> list[Problem]:
         """What only the model's own configuration can tell: whether it can be built, its vocabulary, its positions."""
-        from recipes.models.build import check_buildable
+        from recipes.models.build import check_buildable, check_text
 
-        whole = self.model_config()
-        config = whole.get_text_config()
-        problems = check_buildable(self.hf_class(), whole, self.cfg.model, self.cfg.parallel)
-        if len(self.tokenizer) > config.vocab_size:
-            problems.append(
-                Problem(
-                    "model.config.vocab_size",
-                    str(config.vocab_size),
-                    f"the tokenizer has {len(self.tokenizer)} tokens, more than the embedding has rows",
-                    f"model.config.vocab_size={-(-len(self.tokenizer) // 64) * 64} or a tokenizer of that size",
-                )
-            )
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions and self.cfg.data.seq_length > positions:
-            problems.append(
-                Problem(
-                    "data.seq_length",
-                    str(self.cfg.data.seq_length),
-                    f"the model has {positions} positions",
-                    f"data.seq_length={positions}",
-                )
-            )
-        return problems
+        config = self.model_config()
+        problems = check_buildable(self.hf_class(), config, self.cfg.model, self.cfg.parallel)
+        return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def model_config(self) -> PretrainedConfig:
         from recipes.models.build import scratch_config
@@ -175,7 +158,7 @@ class CausalLM(Recipe):
         with replaced_forward(head, lambda hidden: logits_of(hidden[supervised][None])):
             return cross_entropy(model(**inputs).logits[0], targets)
 
-    def metrics(self, loss: float, supervised: int) -> dict[str, float]:
+    def metrics(self, loss: float, supervised: int, predictions: Sequence[Prediction] = ()) -> dict[str, float]:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_token": loss / NATS_PER_BIT}
 
     def save_processor(self, folder: Path) -> None:

@@ -37,8 +37,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
             flags=re.MULTILINE,
         )
     )
-    schema = house / "conf/schema.py"
-    schema.write_text(schema.read_text().replace('TASKS = ("causal_lm",)', 'TASKS = ("causal_lm", "focal_lm")'))
     (house / "notes").mkdir()
     for number in range(8):
         (house / "notes" / f"{number}.md").write_text(f"# Note {number}\n\n" + "A sentence about something. " * 200)

@@ -47,6 +47,8 @@ def build(
     with memory_goes_back() if "place" in settings else nullcontext():
         zero3 = _sharder(ds_config, topology.grid) if stage3 else None
         folder = recipe.weights()
+        if folder is not None and recipe.new_head():
+            settings |= {"config": recipe.model_config(), "new_head_seed": cfg.seed}
         if folder is not None:
             model = from_pretrained(recipe.hf_class(), folder, **settings)
         else:

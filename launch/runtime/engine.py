@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -24,11 +25,14 @@ from launch.runtime.allocator import memory_stays
 from launch.runtime.build import build
 from launch.runtime.schedule import lr_factor
 from launch.runtime.topology import topology
-from recipes.base import Recipe
+from recipes.base import Prediction, Recipe
 from recipes.models.sequence_parallel import SequenceParallel
 from recipes.models.tensor_parallel import join
 
 NumpyBatch = Mapping[str, np.ndarray]
+
+
+Outputs = dict[str, np.ndarray]
 
 
 class NonFiniteError(RuntimeError):
@@ -52,6 +56,16 @@ class StepResult:
     supervised: int
     applied: bool
     bubble: float | None = None
+    padding: float = 0.0
+    """Share of the token places of all micro-batches that hold padding."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: the same on all ranks. predictions: on rank 0, of every held-out row, in the order of the rows."""
+
+    metrics: dict[str, float]
+    predictions: list[Prediction]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -166,10 +180,9 @@ class Engine:
         """The loss of the whole batch: ranks that have the same tokens count once."""
         return self._sum(loss if self.topology.counts else torch.zeros_like(loss))[0]
 
-    def _sum_counts(self, supervised: int, tokens: int) -> list[float]:
-        """(supervised, real) tokens of the whole batch, from what each rank read: whole sequences."""
-        once = self.topology.counts and self.topology.place.sequence == 0
-        return self._sum(supervised * once, tokens * once)
+    def _sum_counts(self, *counts: int) -> list[float]:
+        """Counts of the whole batch, from what each rank read: whole sequences."""
+        return self._sum(*(count * self._counts_rows for count in counts))
 
     def train_step(
         self, micro_batches: Sequence[NumpyBatch], inspect: Callable[[Engine], None] | None = None
@@ -179,8 +192,8 @@ class Engine:
         `inspect` is called when the gradient is complete and before it is clipped or used.
         Raises NonFiniteError before the weights change.
         """
-        counts = np.sum([self.recipe.count(batch) for batch in micro_batches], axis=0)
-        supervised, tokens = self._sum_counts(*counts.tolist())
+        counts = np.sum([(*self.recipe.count(batch), self.recipe.places(batch)) for batch in micro_batches], axis=0)
+        supervised, tokens, places = self._sum_counts(*counts.tolist())
         if not supervised:
             raise NonFiniteError("no target in the whole global batch is supervised: its mean loss does not exist")
         lr = self.ds.get_lr()[0]
@@ -203,7 +216,16 @@ class Engine:
         if not applied and not self._dynamic_scale:
             raise NonFiniteError(f"gradient norm is {norm}")
         grad_norm = None if self._norm_is_of_update else norm
-        return StepResult(total / supervised, grad_norm, lr, int(tokens), int(supervised), applied, self._bubble())
+        return StepResult(
+            total / supervised,
+            grad_norm,
+            lr,
+            int(tokens),
+            int(supervised),
+            applied,
+            self._bubble(),
+            1 - tokens / places,
+        )
 
     def _bubble(self) -> float | None:
         return None
@@ -243,29 +265,53 @@ class Engine:
             return False
         return hasattr(parameter, "tensor_cut") or self.topology.place.tensor == 0
 
-    def eval_step(self, batch: NumpyBatch) -> torch.Tensor:
-        """Summed loss of a micro-batch on this rank. All ranks must call it equally often."""
-        with torch.no_grad():
-            return self.recipe.loss(self.ds, self._tensors(batch))
-
-    def evaluate(self, micro_batches: Iterator[NumpyBatch]) -> dict[str, float]:
-        """Metrics over all ranks' micro-batches, each weighted by what it supervises."""
+    def evaluate(self, micro_batches: Iterator[NumpyBatch]) -> Evaluation:
+        """Metrics over all ranks' micro-batches, and on rank 0 the predictions. All ranks have equally many."""
         self.ds.eval()
         loss, supervised = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        mine: list[Prediction] = []
         for batches in self._evaluated(micro_batches):
-            loss += self._eval_losses(batches)
+            partial, outputs = self._eval_outputs(batches)
+            loss += partial
             supervised += sum(self.recipe.count(batch)[0] for batch in batches)
+            if self._counts_rows:
+                for batch, found in zip(batches, outputs, strict=True):
+                    mine += self.recipe.predictions(batch, found)
         self.ds.train()
-        total, rows = self._sum_losses(loss), self._sum_counts(supervised, 0)[0]
-        return self.recipe.metrics(total / max(1.0, rows), int(rows))
+        total, rows = self._sum_losses(loss), self._sum_counts(supervised)[0]
+        predictions = sorted(self._gathered(mine), key=lambda prediction: prediction["id"])
+        if dist.get_rank() == 0:
+            predictions = self.recipe.merged(predictions)
+        answers: list[Any] = [None]
+        if dist.get_rank() == 0:
+            answers = [self.recipe.metrics(total / max(1.0, rows), int(rows), predictions)]
+        if self.layout.world > 1:
+            dist.broadcast_object_list(answers, src=0, device=self.device)
+        return Evaluation(answers[0], predictions)
+
+    @property
+    def _counts_rows(self) -> bool:
+        """Whether this rank speaks for the rows it read: one rank of each data place does."""
+        return self.topology.counts and self.topology.place.sequence == 0
+
+    def _gathered(self, mine: list[Prediction]) -> list[Prediction]:
+        """All ranks' predictions, on rank 0."""
+        if self.layout.world == 1:
+            return mine
+        everything: list[Any] | None = [None] * self.layout.world if dist.get_rank() == 0 else None
+        dist.gather_object(mine, everything, dst=0)
+        return list(itertools.chain.from_iterable(everything or []))
 
     def _evaluated(self, micro_batches: Iterator[NumpyBatch]) -> Iterator[list[NumpyBatch]]:
         """Micro-batches in the groups that are evaluated at once."""
         for batch in micro_batches:
             yield [batch]
 
-    def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
-        return sum((self.eval_step(batch) for batch in batches), torch.zeros((), device=self.device))
+    def _eval_outputs(self, batches: list[NumpyBatch]) -> tuple[torch.Tensor, list[Outputs]]:
+        """(summed loss, what the recipe keeps of the outputs) of micro-batches on this rank."""
+        with torch.no_grad():
+            found = [self.recipe.evaluate(self.ds, self._tensors(batch)) for batch in batches]
+        return sum((loss for loss, _ in found), torch.zeros((), device=self.device)), [kept for _, kept in found]
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole gradient in fp32) of each parameter of this rank's stage.

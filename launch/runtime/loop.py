@@ -12,7 +12,7 @@ import numpy as np
 
 from conf.batch import Layout, sizes
 from conf.schema import Config
-from launch.runtime.engine import Engine, NonFiniteError
+from launch.runtime.engine import Engine, Evaluation, NonFiniteError
 from recipes.base import Recipe
 
 Row = dict[str, Any]
@@ -49,33 +49,66 @@ class Outcome:
     """What a run amounts to."""
 
     steps: int
+    """Steps that were taken; fewer than asked for where training stopped early."""
     tokens: int
     first: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step."""
     last: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics after the last step."""
+    """Held-out metrics of the model that was kept: after the last step, or at the best evaluation."""
+    kept_at: int = 0
+    """The step after which the kept model was evaluated."""
+
+
+class Judge:
+    """Which evaluation is the best one by `eval.metric`, and when to stop waiting for a better one."""
+
+    def __init__(self, cfg: Config, recipe: Recipe):
+        self._metric, self._patience = cfg.eval.metric, cfg.eval.patience
+        self._sign = 1.0 if self._metric and recipe.METRICS[self._metric] == "max" else -1.0
+        self._best = -math.inf
+        self._waiting = 0
+
+    def is_better(self, metrics: dict[str, float]) -> bool:
+        """Whether these metrics are the best so far; without a metric the latest ones always are."""
+        if self._metric is None:
+            return True
+        if self._metric not in metrics:
+            raise RuntimeError(f"eval.metric={self._metric}: this data set has {', '.join(metrics)}")
+        value = self._sign * metrics[self._metric]
+        self._waiting = 0 if value > self._best else self._waiting + 1
+        better = value > self._best
+        self._best = max(self._best, value)
+        return better
+
+    @property
+    def has_enough(self) -> bool:
+        return self._patience is not None and self._waiting >= self._patience
 
 
 def run(
-    engine: Engine, recipe: Recipe, cfg: Config, layout: Layout, rank: int, steps: int, log: Callable[[Row], None]
-) -> Outcome:
+    engine: Engine, recipe: Recipe, cfg: Config, layout: Layout, rank: int, steps: int,
+    log: Callable[[Row], None], keep: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> Outcome:  # fmt: skip
     """Train for `steps` optimizer steps, evaluating before the first, every `eval.every` and after the last.
 
-    `log` gets one row per step and one per evaluation (with `split`). Raises NonFiniteError, with step, rank and sample
-    indices, before a bad update reaches the weights.
+    `log` gets one row per step and one per evaluation (with `split`). `keep` is called by all ranks with the evaluation
+    of a model that is to be kept: each time `eval.metric` is better than before, or without one after the last step.
+    Raises NonFiniteError, with step, rank and sample indices, before a bad update reaches the weights.
     """
     outcome = Outcome(steps, 0)
     data_rank = layout.place(rank).data
+    judge = Judge(cfg, recipe)
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int) -> Evaluation:
         started = time.perf_counter()
-        metrics = engine.evaluate(held_out_batches(data_rank, recipe, cfg, layout))
+        evaluation = engine.evaluate(held_out_batches(data_rank, recipe, cfg, layout))
+        metrics = evaluation.metrics
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteError(f"after step {step}: the held-out loss is {metrics['loss']}; no model is exported")
         log({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
-        return metrics
+        return evaluation
 
-    outcome.first = outcome.last = evaluate(0)
+    outcome.first = outcome.last = evaluate(0).metrics
     for step in range(steps):
         started = time.perf_counter()
         try:
@@ -97,12 +130,20 @@ def run(
                 "tokens": outcome.tokens,
                 "samples": (step + 1) * sizes(cfg.batch)[0],
                 "tokens_per_s": result.tokens / seconds,
+                "padding": round(result.padding, 4),
                 "step_s": seconds,
                 "peak_memory_bytes": engine.peak_memory_bytes(),
                 **({} if result.bubble is None else {"bubble": result.bubble}),
                 **({} if result.applied else {"skipped": True}),
             }
         )
-        if step + 1 == steps or (cfg.eval.every and (step + 1) % cfg.eval.every == 0):
-            outcome.last = evaluate(step + 1)
+        last = step + 1 == steps
+        if last or (cfg.eval.every and (step + 1) % cfg.eval.every == 0):
+            evaluation = evaluate(step + 1)
+            if judge.is_better(evaluation.metrics) and (last or cfg.eval.metric is not None):
+                outcome.last, outcome.kept_at = evaluation.metrics, step + 1
+                keep(evaluation)
+            if judge.has_enough:
+                outcome.steps = step + 1
+                break
     return outcome

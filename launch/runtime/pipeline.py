@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
 from deepspeed.runtime.pipe import schedule
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from conf.batch import Layout
 from launch.planner.schedule import Instruction
 from launch.runtime.topology import Topology
+from recipes.base import Recipe
 from recipes.models.stages import Stage, is_tied
 
 Tensors = dict[str, torch.Tensor]
@@ -31,28 +33,32 @@ class StageModule(nn.Module):
     On the last stage the output is the micro-batch's summed loss times `scale`, on the others it is hidden states.
     """
 
-    def __init__(
-        self, stage: Stage, loss: Callable[[Any, Tensors], torch.Tensor], inputs: Callable[[Tensors], Tensors]
-    ):
+    def __init__(self, stage: Stage, recipe: Recipe):
         super().__init__()
         self.stage, self.model = stage, stage.model
-        self._loss, self._inputs = loss, inputs
+        self._recipe = recipe
+        self.outputs: list[dict[str, np.ndarray]] = []
+        """What the recipe kept of each held-out micro-batch since `start`; on the last stage."""
         self._batches: Sequence[Tensors] = ()
         self._next = 0
         self._scale = 1.0
 
     def start(self, batches: Sequence[Tensors], scale: float) -> None:
         """The micro-batches that the next forward passes take in turn; every schedule goes through them in order."""
-        self._batches, self._next, self._scale = batches, 0, scale
+        self._batches, self._next, self._scale, self.outputs = batches, 0, scale, []
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         batch = self._batches[self._next]
         self._next += 1
         self.stage.receive(None if self.stage.first else received)
         with self.stage.alone():
-            if self.stage.last:
-                return self._loss(self.model, batch) * self._scale
-            return self.stage.forward(**self._inputs(batch))
+            if not self.stage.last:
+                return self.stage.forward(**self._recipe.inputs(batch))
+            if torch.is_grad_enabled():
+                return self._recipe.loss(self.model, batch) * self._scale
+            loss, outputs = self._recipe.evaluate(self.model, batch)
+            self.outputs.append(outputs)
+            return loss
 
 
 class Stages(PipelineModule):
@@ -69,9 +75,15 @@ class Stages(PipelineModule):
 
     def start(self, batches: Sequence[Tensors], scale: float) -> None:
         """The micro-batches that the next forward passes of each stage take in turn."""
-        for module in self.children():
-            if isinstance(module, StageModule):
-                module.start(batches, scale)
+        for module in self._own():
+            module.start(batches, scale)
+
+    def outputs(self) -> list[dict[str, np.ndarray]]:
+        """What the recipe kept of the held-out micro-batches since `start`."""
+        return [outputs for module in self._own() for outputs in module.outputs]
+
+    def _own(self) -> list[StageModule]:
+        return [module for module in self.children() if isinstance(module, StageModule)]
 
     def _tie(self, model: PreTrainedModel, topology: Topology) -> None:
         """Groups of (first, last) stage for a tied embedding, and its copy marked so that the norm counts it once."""

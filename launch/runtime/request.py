@@ -73,7 +73,8 @@ def read_request(argv: list[str], command: str, own: dict[str, str] | None = Non
     if "world_size" in values and "device=cuda" in overrides and environment.device != "cuda":
         environment = environment.elsewhere(world)  # planning, from a laptop, for machines that have GPUs
     cfg = compose(overrides, world, environment)
-    if problems := recipe_class(cfg.task)(cfg).check():
+    recipe = recipe_class(cfg.task)(cfg)
+    if problems := recipe.check() + recipe.check_evaluation():
         raise RequestError(problems)
     return Request(cfg, Layout.of(world, cfg.parallel), environment, ranks, values)
 

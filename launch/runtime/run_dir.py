@@ -12,7 +12,10 @@ from filelock import FileLock, Timeout
 
 from conf.errors import Problem, RequestError
 
-OWN = ("config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "evaluations.csv", "summary.json", "loss.png")
+OWN = (
+    "config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "evaluations.csv", "summary.json", "loss.png",
+    "predictions.jsonl",
+)  # fmt: skip
 OWN_FOLDERS = ("model", "logs", "tensorboard")
 """All that a run writes; `overwrite=true` deletes these and nothing else."""
 

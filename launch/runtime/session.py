@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import asdict
@@ -19,7 +20,9 @@ from launch.runtime.metrics import TRACKERS, MetricsLog
 from launch.runtime.request import Request
 from launch.runtime.run_dir import RunDir
 from recipes import recipe_class
-from recipes.base import Recipe
+from recipes.base import Prediction, Recipe
+
+NOT_SHOWN = ("step", "split", "loss", "eval_s", "bits_per_token")
 
 
 def prepare(request: Request, terminal: Terminal) -> Recipe:
@@ -70,6 +73,8 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     if ranks.first:
         run_dir.claim(layout.world)
     terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
+    if (said := recipe.said()) is not None:
+        terminal.say(said)
     terminal.say("starting the engine (a machine's first run compiles a kernel: about a minute)")
     terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
     device = processes.join(ranks, request.device, cfg.train.threads)
@@ -90,6 +95,7 @@ def _train(
     terminal: Terminal,
 ) -> dict[str, Any]:
     from launch.runtime import loop
+    from launch.runtime.engine import Evaluation
     from launch.runtime.export import export
     from launch.runtime.plots import plot_loss
     from launch.runtime.staged import make_engine
@@ -107,19 +113,28 @@ def _train(
         if metrics is not None:
             metrics.log(row)
         if "split" in row:
-            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _perplexity(row))
+            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
         else:
             bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
 
+    predictions: list[Prediction] = []
+
+    def keep(evaluation: Evaluation) -> None:
+        export(engine, recipe, run_dir.model, first)
+        predictions[:] = evaluation.predictions
+        if first and predictions:
+            rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            run_dir.write_text("predictions.jsonl", "".join(lines))
+
     started = time.perf_counter()
     try:
-        outcome = loop.run(engine, recipe, cfg, layout, request.ranks.rank, steps, log)
+        outcome = loop.run(engine, recipe, cfg, layout, request.ranks.rank, steps, log, keep)
     finally:
         bar.close()
         if metrics is not None:
             metrics.close()
     seconds = time.perf_counter() - started
-    export(engine, recipe, run_dir.model, first)
     summary = {
         "name": cfg.name,
         "steps": outcome.steps,
@@ -128,25 +143,30 @@ def _train(
         "world_size": layout.world,
         "held_out_before": outcome.first,
         "held_out": outcome.last,
+        "kept_at_step": outcome.kept_at,
         "model": str(run_dir.model),
     }
     if first:
         loss_png = plot_loss(run_dir.path)
         summary["sample"] = recipe.sample(run_dir.model)
-        run_dir.write_json("summary.json", summary)
+        run_dir.write_json("summary.json", {**summary, **(recipe.details(predictions) if predictions else {})})
         terminal.say(_closing(summary, loss_png))
     return summary
 
 
-def _perplexity(row: dict[str, Any]) -> str:
-    return f", perplexity {row['perplexity']:,.1f}" if "perplexity" in row else ""
+def _others(row: dict[str, Any]) -> str:
+    """The metrics of an evaluation besides its loss, as a person reads them."""
+    shown = {name: value for name, value in row.items() if name not in NOT_SHOWN}
+    return "".join(
+        f", {name} {value:,.1f}" if name == "perplexity" else f", {name} {value:.4g}" for name, value in shown.items()
+    )
 
 
 def _closing(summary: dict[str, Any], loss_png: Path) -> str:
     before, after = summary["held_out_before"], summary["held_out"]
     lines = [
         "",
-        f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{_perplexity(after)}"
+        f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{_others(after)}"
         f"   ({summary['tokens']:,} tokens in {summary['train_s']:.0f} s)",
         f"curve  {loss_png}",
         f"model  {summary['model']}",

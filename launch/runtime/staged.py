@@ -12,7 +12,7 @@ from torch import nn
 
 from conf.batch import Layout
 from conf.schema import Config
-from launch.runtime.engine import Engine, NumpyBatch, persistent_buffers
+from launch.runtime.engine import Engine, NumpyBatch, Outputs, persistent_buffers
 from launch.runtime.pipeline import Clock, StageModule, Stages, StagesInV, nothing, watch
 from recipes.base import Recipe
 
@@ -21,7 +21,7 @@ class StagedEngine(Engine):
     """The same for a pipeline: each rank has the layers of its stages, and micro-batches pass through these."""
 
     def _wrap(self) -> nn.Module:
-        own = [StageModule(stage, self.recipe.loss, self.recipe.inputs) for stage in self._built]
+        own = [StageModule(stage, self.recipe) for stage in self._built]
         kind = StagesInV if self._folded else Stages
         self._stages = kind(own, self.topology)
         return self._stages
@@ -73,7 +73,7 @@ class StagedEngine(Engine):
             batch if self.recipe.width(batch) == width else self.recipe.widen(dict(batch), width) for batch in batches
         ]
 
-    def _eval_losses(self, batches: list[NumpyBatch]) -> torch.Tensor:
+    def _eval_outputs(self, batches: list[NumpyBatch]) -> tuple[torch.Tensor, list[Outputs]]:
         batches = self._of_one_width(batches)
         self._expect(batches[0])
         # deepspeed 0.19.8: DualPipeV finds its buffers for as many micro-batches as training has and no other number.
@@ -83,8 +83,8 @@ class StagedEngine(Engine):
         self._stages.start(tensors, 1.0)
         losses = self.ds.eval_batch(nothing(), reduce_output=None, bcast_loss=False, num_micro_batches=len(tensors))
         if not self.topology.has_loss:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(losses[: len(batches)]).double().sum()
+            return torch.zeros((), dtype=torch.float64, device=self.device), []
+        return torch.stack(losses[: len(batches)]).double().sum(), self._stages.outputs()[: len(batches)]
 
     def tensors(self) -> dict[str, int]:
         return {name: size for name, (size, _) in self._all_tensors().items()}

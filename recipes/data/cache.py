@@ -97,7 +97,7 @@ def prepare(
     held_out = sequences([parts["held_out"] for parts in packed])
     report = {
         "vocab_size": len(tokenizer),
-        "fingerprint": _key(*(store.folder.name for store in stores)),
+        "fingerprint": key_of(*(store.folder.name for store in stores)),
         "sources": [_source_report(*item, data) for item in zip(sources, stores, packed, strict=True)],
     }
     return Prepared(train, [source.config.weight for source in sources], held_out, tokenizer, report, seed)
@@ -105,16 +105,13 @@ def prepare(
 
 def _fingerprint(source: Source, data: DataConfig) -> str:
     settings = {name: getattr(source.config, name) for name in FORMAT_KEYS}
-    return _key(FORMAT, settings, data.held_out, source.fingerprint())
+    return key_of(FORMAT, settings, data.held_out, source.fingerprint())
 
 
 def _trained(
     root: Path, sources: list[Source], fingerprints: list[str], vocab_size: int | None, progress: Progress
 ) -> PreTrainedTokenizerBase:
     """The tokenizer trained on the training split of all sources together."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     if vocab_size is None:
         raise ValueError("a tokenizer cannot be trained without a vocab_size")
     chats = [source for source in sources if source.config.messages is not None]
@@ -123,13 +120,23 @@ def _trained(
         nearest = "model.tokenizer=NAME of one with a template, or prompt and completion columns"
         raise RequestError(Problem(f"{s.key}.messages", str(s.config.messages), rule, nearest) for s in chats)
 
+    return trained_tokenizer(root, fingerprints, lambda: _texts(sources, progress), vocab_size)
+
+
+def trained_tokenizer(
+    root: Path, fingerprints: list[str], texts: Callable[[], Iterator[str]], vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """A tokenizer trained on `texts`, which are those of the data with these fingerprints; trained once."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     def build(folder: Path) -> dict[str, Any]:
-        trained = train_tokenizer(_texts(sources, progress), vocab_size)
+        trained = train_tokenizer(texts(), vocab_size)
         with writing(folder):
             trained.save_pretrained(str(folder))
         return {"vocab_size": len(trained)}
 
-    name = _key(FORMAT, tokenizers.__version__, vocab_size, fingerprints)
+    name = key_of(FORMAT, tokenizers.__version__, vocab_size, fingerprints)
     return PreTrainedTokenizerFast.from_pretrained(str(entry(root, f"tokenizer-{name}", build).folder))
 
 
@@ -161,7 +168,7 @@ def _tokenised(
             return _tokenise(source, tokenizer, folder, progress)
 
         try:
-            stores.append(entry(root, f"tokens-{_key(FORMAT, fingerprint, digest)}", build))
+            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest)}", build))
         except RequestError as error:
             problems += error.problems
     if problems:
@@ -251,7 +258,7 @@ def _packed(root: Path, store: Entry, split: str, data: DataConfig, progress: Pr
         progress(tokens.documents, tokens.documents, "packing")
         return {name: packing[name] for name in counts}
 
-    name = _key(FORMAT, store.folder.name, split, data.seq_length, data.packing)
+    name = key_of(FORMAT, store.folder.name, split, data.seq_length, data.packing)
     found = entry(root, f"packing-{name}", build)
     fields: dict[str, Any] = {name: found.array(name, dtype) for name, dtype in arrays.items()}
     return tokens, Packing(**fields, **found.facts)
@@ -289,6 +296,6 @@ def _source_report(
     return report
 
 
-def _key(*parts: Any) -> str:
+def key_of(*parts: Any) -> str:
     """A name for everything an entry depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

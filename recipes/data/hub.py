@@ -9,7 +9,7 @@ from typing import Any
 from conf.errors import Problem, RequestError, did_you_mean
 from recipes.data.network import offline_without_network
 from recipes.data.readers import Record, good_rows
-from recipes.data.rows import Meter, Problems, Row, column_keys, missing_columns
+from recipes.data.rows import Meter, Problems, Row, missing_columns
 from recipes.data.sources import Source, held_out_row
 
 OFFLINE = (
@@ -43,12 +43,15 @@ class HubSource(Source):
         index = 0
         for held_out, name, split in splits:
             origin = f"{self.name}[{name}]"
-            missing = missing_columns(self.config, self.key, split.column_names, origin)
+            missing = missing_columns(self.fields, self.key, split.column_names, origin)
             if missing:
                 raise RequestError(missing)
-            columns = list(dict.fromkeys(column_keys(self.config).values()))
+            names = set(split.column_names)
+            columns = list(
+                dict.fromkeys(c if c in names else c.partition(".")[0] for c in self.fields.columns.values())
+            )
             records = _records(split.select_columns(columns).with_format("arrow"), meter)
-            for number, content in good_rows(records, origin, self.config, problems, meter):
+            for number, content in good_rows(records, origin, self.fields, problems, meter):
                 aside = held_out_row(index, self.held_out) if len(splits) == 1 else held_out
                 yield Row(f"{origin}:{number}", aside, content)
                 index += 1

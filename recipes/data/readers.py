@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from conf.errors import Problem, did_you_mean
 from conf.schema import SourceConfig
-from recipes.data.rows import Meter, Problems, check_content, column_keys, is_empty
+from recipes.data.rows import Fields, Meter, Problems, value_of
 
 GZIP_MAGIC = b"\x1f\x8b"
 BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -55,36 +55,43 @@ def read_python(path: Path) -> str | None:
         return None
 
 
-def read_records(kind: str, path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+def read_records(
+    kind: str, path: Path, source: SourceConfig, fields: Fields, problems: Problems, meter: Meter
+) -> Iterator[Record]:
     """Good rows of a jsonl, csv or parquet file as in `good_rows`; `meter` follows the position in the file."""
-    read = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}[kind]
-    return good_rows(read(path, source, problems, meter), str(path), source, problems, meter)
+    if kind == "parquet":
+        records = _parquet(path, fields, problems, meter)
+    else:
+        records = {"jsonl": _jsonl, "csv": _csv}[kind](path, source, problems, meter)
+    return good_rows(records, str(path), fields, problems, meter)
 
 
 def good_rows(
-    records: Iterable[Record], origin: str, source: SourceConfig, problems: Problems, meter: Meter
+    records: Iterable[Record], origin: str, fields: Fields, problems: Problems, meter: Meter
 ) -> Iterator[Record]:
-    """(number, {"text": …} or {"prompt", "completion"} or {"messages"}) of each record that is right.
+    """(number, {name: value} of the fields) of each record that is right.
 
     Broken ones go to `problems` as `origin:number`, empty ones are counted in `meter`.
     """
-    columns = column_keys(source)
     for number, record in records:
         where = f"{origin}:{number}"
-        missing = [column for column in columns.values() if column not in record]
-        for column in missing:
-            near = did_you_mean(column, record)
-            hint = f"did you mean '{near}'?" if near else ""
-            problems.add(Problem(where, "", f"no column '{column}'; this row has: {', '.join(record) or 'none'}", hint))
-        if missing:
+        content, complete = {}, True
+        for name, column in fields.columns.items():
+            try:
+                content[name] = value_of(record, column)
+            except KeyError:
+                complete = False
+                near = did_you_mean(column, record)
+                rule = f"no column '{column}'; this row has: {', '.join(record) or 'none'}"
+                problems.add(Problem(where, "", rule, f"did you mean '{near}'?" if near else ""))
+        if not complete:
             continue
-        content = {name: record[column] for name, column in columns.items()}
-        broken = check_content(content, where, columns)
+        broken = fields.problems(content, where)
         for problem in broken:
             problems.add(problem)
         if broken:
             continue
-        if is_empty(content):
+        if fields.is_empty(content):
             meter.skip("empty rows")
             continue
         yield number, content
@@ -95,6 +102,8 @@ def first_columns(kind: str, path: Path, source: SourceConfig, problems: Problem
     if kind == "parquet":
         file = _open_parquet(path, problems)
         return None if file is None or file.metadata.num_rows == 0 else list(file.schema_arrow.names)
+    if kind == "csv" and source.header:
+        return source.header
     if kind == "csv":
         lines = (text for _, text in _lines(path, problems, Meter()))
         try:
@@ -167,7 +176,7 @@ def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> 
             yield text
 
     reader = csv.reader(feed(), delimiter=delimiter(source), strict=True)
-    header: list[str] | None = None
+    header = source.header
     while True:
         fed.clear()
         try:
@@ -190,13 +199,14 @@ def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> 
             problems.add(Problem(f"{path}:{fed[0]}", "", rule, "quote fields that contain the delimiter"))
 
 
-def _parquet(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+def _parquet(path: Path, fields: Fields, problems: Problems, meter: Meter) -> Iterator[Record]:
     import pyarrow
 
     file = _open_parquet(path, problems)
     if file is None:
         return
-    wanted = [column for column in column_keys(source).values() if column in file.schema_arrow.names]
+    tops = [c if c in file.schema_arrow.names else c.partition(".")[0] for c in fields.columns.values()]
+    wanted = [column for column in dict.fromkeys(tops) if column in file.schema_arrow.names]
     size, start, number = path.stat().st_size, meter.done, 0
     try:
         for batch in file.iter_batches(batch_size=1024, columns=wanted):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,40 @@ def column_keys(source: SourceConfig) -> dict[str, str]:
     return {"text": source.text}
 
 
-def missing_columns(source: SourceConfig, key: str, present: Iterable[str], where: str) -> list[Problem]:
+@dataclass(frozen=True)
+class Fields:
+    """What a task reads of a record. columns: the name inside a row (and of the configuration key) → the column."""
+
+    columns: dict[str, str]
+    check: Callable[[dict[str, Any], str, dict[str, str]], list[Problem]] | None = None
+    """(content, where, columns) → what is wrong with the values; None: text is text."""
+    empty: Callable[[dict[str, Any]], bool] | None = None
+    """Whether there is nothing to learn in a row; None: no text."""
+
+    def problems(self, content: dict[str, Any], where: str) -> list[Problem]:
+        return (self.check or check_content)(content, where, self.columns)
+
+    def is_empty(self, content: dict[str, Any]) -> bool:
+        return (self.empty or is_empty)(content)
+
+
+def text_fields(source: SourceConfig) -> Fields:
+    """Those of a language model: text, prompt and completion, or messages."""
+    return Fields(column_keys(source))
+
+
+def value_of(record: dict[str, Any], column: str) -> Any:
+    """A column of a record; `translation.en` is a column, or the `en` of the object in `translation`. KeyError."""
+    if column in record:
+        return record[column]
+    outer, _, inner = column.partition(".")
+    value = record[outer]
+    if not inner or not isinstance(value, dict):
+        raise KeyError(column)
+    return value_of(value, inner)
+
+
+def missing_columns(fields: Fields, key: str, present: Iterable[str], where: str) -> list[Problem]:
     """One problem per column that the configuration names and the data does not have. `key`: `data` or one source's."""
     names = [str(name) for name in present]
     return [
@@ -83,8 +116,8 @@ def missing_columns(source: SourceConfig, key: str, present: Iterable[str], wher
             f"{where} has no such column; it has: {', '.join(names) or 'none'}",
             f"{key}.{name}={did_you_mean(column, names) or names[0]}" if names else "",
         )
-        for name, column in column_keys(source).items()
-        if column not in names
+        for name, column in fields.columns.items()
+        if column not in names and column.partition(".")[0] not in names
     ]
 
 

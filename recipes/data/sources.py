@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import DataConfig, SourceConfig
 from recipes.data.readers import delimiter, first_columns, read_document, read_python, read_records
-from recipes.data.rows import Meter, Problems, Row, column_keys, missing_columns
+from recipes.data.rows import Fields, Meter, Problems, Row, column_keys, missing_columns, text_fields
 
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """What is read of a folder, each also with `.gz`; text takes every file that is not hidden."""
@@ -28,8 +28,11 @@ tables of `encodings` are generated, and so regular that a held-out split with m
 class Source:
     """One source of rows. `key` is its place in the configuration: `data` or `data.mixture[i]`."""
 
-    def __init__(self, config: SourceConfig, key: str, held_out: float, max_files: int | None):
+    def __init__(
+        self, config: SourceConfig, key: str, held_out: float, max_files: int | None, fields: Fields | None = None
+    ):
         self.config, self.key, self.held_out, self.max_files = config, key, held_out, max_files
+        self.fields = fields or text_fields(config)
 
     @property
     def name(self) -> str:
@@ -182,7 +185,7 @@ class RecordSource(FileSource):
         for split, files in splits:
             for _, path in files:
                 start = meter.done
-                for number, content in read_records(self.config.kind, path, self.config, problems, meter):
+                for number, content in read_records(self.config.kind, path, self.config, self.fields, problems, meter):
                     held_out = held_out_row(index, self.held_out) if by_row else split
                     yield Row(f"{path}:{number}", held_out, content)
                     index += 1
@@ -198,7 +201,7 @@ class RecordSource(FileSource):
             if problems.found:
                 return
             if columns is not None:
-                problems.found += missing_columns(self.config, self.key, columns, str(path))
+                problems.found += missing_columns(self.fields, self.key, columns, str(path))
                 return
         problems.add(Problem(key, value, "there are no rows in it", "a file with at least two rows"))
 

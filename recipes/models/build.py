@@ -33,13 +33,17 @@ Divide = Callable[[PreTrainedModel], None]
 
 
 def package_folder(path: str) -> Path | None:
-    """The folder of an installed package for `package:NAME`, else None. Does not import the package."""
+    """The folder of an installed package for `package:NAME` (or one below, `package:NAME/FOLDER`), else None.
+
+    Does not import the package.
+    """
     if not path.startswith("package:"):
         return None
-    spec = importlib.util.find_spec(path.removeprefix("package:"))
+    name, _, below = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise RequestError(Problem("model.path", path, "no such installed Python package", "pip install it first"))
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent / below
 
 
 def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
@@ -80,6 +84,27 @@ def check_buildable(
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [_refused(config.model_type, error)]
     return problems(network, parallel)
+
+
+def check_text(config: PretrainedConfig, tokenizer: Any, seq_length: int) -> list[Problem]:
+    """Whether the tokens of a tokenizer have rows in the embedding, and the rows of the data positions in the model."""
+    text = config.get_text_config()
+    problems = []
+    if len(tokenizer) > text.vocab_size:
+        rule = f"the tokenizer has {len(tokenizer)} tokens, more than the embedding has rows"
+        nearest = f"model.config.vocab_size={-(-len(tokenizer) // 64) * 64} or a tokenizer of that size"
+        problems.append(Problem("model.config.vocab_size", str(text.vocab_size), rule, nearest))
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and text.model_type in OFFSET_POSITIONS:
+        positions -= (text.pad_token_id or 0) + 1
+    if positions and seq_length > positions:
+        rule = f"the model has {positions} positions"
+        problems.append(Problem("data.seq_length", str(seq_length), rule, f"data.seq_length={positions}"))
+    return problems
+
+
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer", "data2vec-text")
+"""Families whose positions begin behind the number of the padding token."""
 
 
 def _near(key: str, names: set[str]) -> str:
@@ -233,19 +258,23 @@ def from_pretrained(
     attention: str | None,
     divide: Divide | None = None,
     place: Place | None = None,
+    config: PretrainedConfig | None = None,
+    new_head_seed: int | None = None,
 ) -> PreTrainedModel:
     """A model with the weights of `folder` (safetensors; never pickles of strangers, never their code).
 
     With `divide` or `place` it is filled layer by layer, from the tensors that this rank's part needs: no more than one
-    whole layer is ever in memory. Raises RequestError when weights are missing.
+    whole layer is ever in memory. With `new_head_seed` what stands outside of the base model may be missing there and
+    is then new, by the family's own initialisation; `config` says of it what the folder's cannot. Raises RequestError
+    when other weights are missing.
     """
-    if divide is None and place is None:
+    if divide is None and place is None and new_head_seed is None:
         model = hf_class.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
         )
         model.config.use_cache = False
         return model
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = False
     model = on_meta(hf_class, config, dtype=dtype, attention=attention)
     if (folder / "generation_config.json").exists():
@@ -254,10 +283,29 @@ def from_pretrained(
         divide(model)
     _fill(model, folder, device, place)
     model.tie_weights(recompute_mapping=False)
+    if new_head_seed is not None:
+        _initialise_head(model, new_head_seed, device, place)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise RequestError(Problem("model.path", str(folder), f"its weights lack {', '.join(left[:3])}"))
     return model
+
+
+def _initialise_head(model: PreTrainedModel, seed: int, device: torch.device, place: Place | None) -> None:
+    """New values for what the weights lacked outside of the base model, and for its pooler."""
+    prefix = f"{model.base_model_prefix}."
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        for name, block in blocks(model):
+            missing = [parameter for parameter in block.parameters(recurse=False) if parameter.is_meta]
+            if not missing or (name.startswith(prefix) and "pooler" not in name):
+                continue
+            _materialise(block, device, recurse=False)
+            torch.manual_seed(_seed(seed, name))
+            block.__dict__["_is_hf_initialized"] = False
+            model._initialize_weights(block)
+            _take_constructed(model, name, block, False)
+            if place is not None:
+                place(list(block.parameters(recurse=False)))
 
 
 def _fill(model: PreTrainedModel, folder: Path, device: torch.device, place: Place | None) -> None:

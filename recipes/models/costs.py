@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from recipes.models.plans import pipeline_plan
+from recipes.models.plans import find, head_parameters, pipeline_plan, token_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,7 +16,8 @@ def layer_costs(model: PreTrainedModel) -> tuple[list[float], float, float]:
     """(cost of each layer, of what comes before the layers, of what comes after): multiply-adds per token.
 
     A matrix costs its elements; of a mixture's experts, those that a token goes through. An embedding is looked up,
-    which costs its width, but a head costs its whole matrix, tied or not.
+    which costs its width, but a head costs its whole matrix, tied or not. Where places become fewer from layer to
+    layer, a token is one of the first layer's.
     """
     plan, base = pipeline_plan(model), model.base_model
     layers = base.get_submodule(plan.layers)
@@ -26,10 +27,14 @@ def layer_costs(model: PreTrainedModel) -> tuple[list[float], float, float]:
     def cost(module: nn.Module) -> float:
         return sum(p.numel() * _active_share(name, p, chosen) for name, p in module.named_parameters())
 
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    before = float(next(table.parameters()).shape[-1])
-    after = float(sum(p.numel() for p in head.parameters())) if head is not None else 0.0
-    return [cost(layer) for layer in layers], before, after
+    table = token_table(model)
+    if table is not None:
+        before = float(table.weight.shape[-1])
+    else:
+        before = sum(cost(module) for path in plan.before if (module := find(base, path)) is not None)
+    after = float(sum(p.numel() for p in head_parameters(model)))
+    costs = [cost(layer) / plan.shrink**number for number, layer in enumerate(layers)]
+    return costs, before, after / plan.shrink ** len(costs)
 
 
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "top_k")

@@ -40,16 +40,31 @@ def verdicts() -> dict[str, dict[str, str]]:
     return json.loads(Path(__file__).with_name("families.json").read_text())
 
 
+ENCODERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("bert", "camembert", "convnext", "distilbert", "electra", "modernbert", "roberta", "vit", "xlm-roberta"),
+        ("tensor", "pipeline", "tensor and pipeline"),
+    ),
+    **dict.fromkeys(("albert", "deberta", "deberta-v2", "mpnet"), ("tensor",)),
+}
+"""Encoders and the axes along which their classifiers' gradients were found right (tests/distributed/test_encoders.py).
+
+A decoder's classifier runs where its language model does."""
+
+
 def problems(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem]:
     """What keeps `model` (whole, on the meta device) from being divided as asked, or from being trusted to be right."""
-    return structural(model, parallel) or _unproven(model.config.get_text_config().model_type, parallel)
+    return structural(model, parallel) or _unproven(model, parallel)
 
 
-def _unproven(family: str, parallel: ParallelConfig) -> list[Problem]:
+def _unproven(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem]:
     """A plan can be there and wrong: only families whose gradients were compared with one process's are let through."""
+    family = model.config.get_text_config().model_type
     axes = [axis for axis in ("tensor", "pipeline", "sequence") if getattr(parallel, axis) > 1]
     asked = ["tensor and pipeline", *axes] if {"tensor", "pipeline"} <= set(axes) else axes
     known = verdicts().get(family)
+    if model.get_output_embeddings() is None and family in ENCODERS:
+        known = dict.fromkeys(ENCODERS[family], "")
     for axis in asked:
         why = known.get(axis, "not compared") if known else "this family was not compared"
         if why:
@@ -67,6 +82,8 @@ def structural(model: PreTrainedModel, parallel: ParallelConfig) -> list[Problem
     if parallel.sequence > 1:
 
         def sequence(size: int) -> str | None:
+            if model.get_output_embeddings() is None:
+                return f"{type(model).__name__} looks at whole sequences: only language models can be given parts"
             return _no(sequence_parallel.check, model, parallel.tensor, size)
 
         if why := sequence(parallel.sequence):

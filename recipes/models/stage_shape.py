@@ -16,7 +16,7 @@ from conf.schema import ParallelConfig
 from recipes.models.collectives import RankGroup
 from recipes.models.costs import layer_costs
 from recipes.models.layouts import split
-from recipes.models.plans import pipeline_plan
+from recipes.models.plans import pipeline_plan, token_table
 from recipes.models.stages import is_tied, ranges
 from recipes.models.tensor_parallel import shard, take_shares
 
@@ -120,8 +120,9 @@ def parts(
         layers = [number for stage in own.values() for number in stage]
         first, last = 0 in own, layout.stages - 1 in own
         tensors = _all(network) if layout.pipeline == 1 else _held(network, layers, first, last)
-        table, head = network.get_input_embeddings(), network.get_output_embeddings()
-        table_size = sum(p.numel() for p in table.parameters()) if first or (last and is_tied(network)) else 0
+        table, head = token_table(network), network.get_output_embeddings()
+        has_table = table is not None and (first or (last and is_tied(network)))
+        table_size = sum(p.numel() for p in table.parameters()) if table is not None and has_table else 0
         head_size = sum(p.numel() for p in head.parameters()) if head is not None and last and not shape.tied else 0
         local = replace(
             shape,
@@ -168,14 +169,14 @@ def _held(
     """(name, shape) of the parameters of a place in the pipeline."""
     plan, prefix = pipeline_plan(network), f"{network.base_model_prefix}."
     tied = is_tied(network)
-    table = network.get_input_embeddings()
+    table = token_table(network)
     held = []
     for name, parameter in network.named_parameters():
         inside = name.removeprefix(prefix)
         if inside.startswith(f"{plan.layers}."):
             mine = int(inside.removeprefix(f"{plan.layers}.").split(".")[0]) in layers
         elif any(inside.startswith(f"{path}.") for path in plan.before):
-            tied_copy = tied and last and any(parameter is own for own in table.parameters())
+            tied_copy = tied and last and table is not None and any(parameter is own for own in table.parameters())
             mine = first or tied_copy
         else:
             mine = last

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from recipes.models.plans import NoPlanError, find, pipeline_plan
+from recipes.models.plans import NoPlanError, find, pipeline_plan, token_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,16 +40,37 @@ class PassThrough(nn.Module):
 
 
 class NoEmbedding(nn.Module):
-    """In place of an embedding of another stage: zeros of its shape."""
+    """In place of an embedding of another stage: zeros of its shape, `dim` wide."""
 
-    def __init__(self, absent: nn.Module):
+    def __init__(self, absent: nn.Module, dim: int | None = None):
         super().__init__()
         weight = next(absent.parameters())
-        self.dim, self.dtype = weight.shape[-1], weight.dtype
+        self.dim, self.dtype = dim or weight.shape[-1], weight.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         return torch.zeros(*ids.shape[:2], self.dim, dtype=self.dtype, device=ids.device)
+
+
+class LikeReceived(nn.Module):
+    """In place of another stage's embedding of something other than tokens: zeros shaped as what the stage received."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self._stage = stage
+
+    def forward(self, given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        received = self._stage.received
+        return given if received is None else torch.zeros_like(received)
+
+
+def _shell(absent: nn.Module, placeholder: nn.Module) -> nn.Module:
+    """`placeholder` with the names of what is inside of `absent`, which families look at (`patches.weight.dtype`)."""
+    for name, parameter in absent.named_parameters(recurse=False):
+        setattr(placeholder, name, torch.empty(0, dtype=parameter.dtype))
+    for name, child in absent.named_children():
+        placeholder.add_module(name, _shell(child, PassThrough(child)))
+    return placeholder
 
 
 class Stage:
@@ -92,15 +113,20 @@ class Stage:
             return (self._received, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._received}
 
+    @property
+    def received(self) -> torch.Tensor | None:
+        """What the previous stage sent last."""
+        return self._received
+
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._leaving = output[0] if isinstance(output, tuple) else output
 
     def receive(self, hidden: torch.Tensor | None) -> None:
-        """What the previous stage sent (B, S, H): the input of this stage's next forward pass."""
+        """What the previous stage sent, (B, S, H) of tokens: the input of this stage's next forward pass."""
         self._received = hidden
 
     def forward(self, **inputs: Any) -> torch.Tensor:
-        """The hidden states (B, S, H) behind this stage's last layer; not for the last stage."""
+        """The hidden states, (B, S, H) of tokens, behind this stage's last layer; not for the last stage."""
         self.model.base_model(**inputs)
         leaving, self._leaving = self._leaving, None
         assert leaving is not None, "the last layer of the stage was not called"
@@ -119,17 +145,24 @@ def cut(model: PreTrainedModel, own: Mapping[int, range], count: int) -> list[St
         stage.hook(layers, mine)
     absent = [_absent(model, stage, mine) for stage, mine in zip(stages, own.values(), strict=True)]
     nowhere = [path for path in absent[0] if all(path in placeholders for placeholders in absent)]
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table, head = token_table(model), model.get_output_embeddings()
     has_head = any(stage.last for stage in stages)
+    keeps_table = has_head and is_tied(model)
     for path in nowhere:
-        if has_head and is_tied(model) and model.get_submodule(path) is table:
+        names = [name for name, module in model.get_submodule(path).named_modules() if module is table]
+        if keeps_table and table is not None and names:
             vars(table)["forward"] = NoEmbedding(table).forward
-        else:
-            model.set_submodule(path, absent[0][path])
+            if names == [""]:
+                continue
+            absent[0][path].set_submodule(names[0], table)
+        model.set_submodule(path, absent[0][path])
     if head is not None and not has_head:
         model.all_tied_weights_keys = {}
     for stage, placeholders in zip(stages, absent, strict=True):
-        stage.pass_through({path: module for path, module in placeholders.items() if path not in nowhere})
+        own_kind = {path for path, module in placeholders.items() if isinstance(module, LikeReceived)}
+        stage.pass_through(
+            {path: placeholders[path] for path in placeholders if path in own_kind or path not in nowhere}
+        )
     return stages
 
 
@@ -140,15 +173,33 @@ def _absent(model: PreTrainedModel, stage: Stage, own: range) -> dict[str, nn.Mo
     placeholders: dict[str, nn.Module] = {}
     for path in plan.before if not stage.first else ():
         if (absent := find(base, path)) is not None:
-            made = NoEmbedding(absent) if isinstance(absent, nn.Embedding) else PassThrough(absent)
-            placeholders[names[id(absent)]] = made
+            opens = path == plan.before[0]
+            placeholders[names[id(absent)]] = _instead_of_embedding(absent, stage, model.config, opens)
     for number, layer in enumerate(base.get_submodule(plan.layers).children()):
         if number not in own:
             placeholders[names[id(layer)]] = PassThrough(layer, plan.pair)
     if not stage.last:
-        after = [*(find(base, path) for path in plan.after), model.get_output_embeddings()]
+        # Only the base model is called there; the head's names are for whoever looks for its output embedding.
+        children = dict(model.named_children()) if base is not model else {}
+        beside = {path: _shell(child, PassThrough(child)) for path, child in children.items() if child is not base}
+        placeholders |= beside
+        after = [find(base, path) for path in plan.after]
+        head = model.get_output_embeddings()
+        if head is not None and not any(names[id(head)].startswith(f"{path}.") for path in beside):
+            after.append(head)
         placeholders |= {names[id(absent)]: PassThrough(absent) for absent in after if absent is not None}
     return placeholders
+
+
+def _instead_of_embedding(absent: nn.Module, stage: Stage, config: Any, opens: bool) -> nn.Module:
+    """Placeholder of a module before the layers, of which the one that `opens` is given what the model is given."""
+    if isinstance(absent, nn.Embedding):
+        return NoEmbedding(absent)
+    if any(isinstance(module, nn.Embedding) for module in absent.modules()):
+        # With what follows it (`embeddings_project` passes through).
+        return _shell(absent, NoEmbedding(absent, config.get_text_config().hidden_size))
+    # Masks are made of the embedding's length, which images do not tell.
+    return _shell(absent, LikeReceived(stage)) if opens else PassThrough(absent)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

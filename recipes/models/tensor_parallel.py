@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recipes.models.collectives import RankGroup
 from recipes.models.loss import Vocabulary
-from recipes.models.plans import NoPlanError, tensor_plan
+from recipes.models.plans import NoPlanError, tensor_plan, token_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,9 +118,10 @@ def _rowwise(module: Any, ranks: RankGroup, take: Callable = lambda x: x) -> dic
     return {"weight": Cut(0 if isinstance(module, Conv1D) else 1)}
 
 
-def _divide(attribute: str) -> Style:
+def _divide(attributes: Sequence[str]) -> Style:
     def divide(module: nn.Module, ranks: RankGroup) -> dict[str, Cut]:
-        setattr(module, attribute, getattr(module, attribute) // ranks.size)
+        for name in attributes:
+            setattr(module, name, getattr(module, name) // ranks.size)
         return {}
 
     return divide
@@ -248,7 +249,7 @@ def shard(model: PreTrainedModel, ranks: RankGroup) -> None:
     `check` has said that it can be done.
     """
     plan = tensor_plan(model)
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table, head = token_table(model), model.get_output_embeddings()
     cuts: dict[str, Cut] = {}
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     for name, module in modules.items():
@@ -265,7 +266,7 @@ def shard(model: PreTrainedModel, ranks: RankGroup) -> None:
             cut = _styled(PARAMETER_STYLES, style, name)(parameter)
             if cut is not None:
                 cuts[name] = cut
-    if isinstance(table, nn.Embedding):
+    if table is not None:
         if "forward" not in vars(table):  # else a tied last stage's: it only owns the weight
             _embedding(table, ranks)
         cuts[f"{_name(modules, table)}.weight"] = Cut(0)
@@ -289,7 +290,7 @@ def _generic(name: str) -> str:
 
 def _styled(styles: dict[str, Any], style: str, name: str) -> Any:
     if style.startswith("divide:"):
-        return _divide(style.removeprefix("divide:"))
+        return _divide(style.removeprefix("divide:").split(","))
     try:
         return styles[style]
     except KeyError:
@@ -329,7 +330,7 @@ def check(model: PreTrainedModel, size: int) -> None:
             heads = getattr(config, key, None)
             if isinstance(heads, int) and heads % size:
                 raise NoPlanError(f"{heads} {what} cannot be divided over {size} tensor ranks")
-    edges = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    edges = {id(edge) for edge in (token_table(model), model.get_output_embeddings()) if edge is not None}
     for name, module in model.named_modules():
         style = plan.get(_generic(name))
         if id(module) in edges or style is None:

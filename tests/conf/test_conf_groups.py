@@ -26,7 +26,12 @@ NEEDS = {
     "optimizer=adagrad": ["zero=stage0"],
     "zero=stage3_nvme": ["zero.nvme_path=."],
     "zero=stage3_plus": ["zero.hpz_partition_size=4"],
-    "+recipe=finetune_causal_lm": ["model.path=owner/name", "data.path=notes.txt"],
+    **{f"data={kind}": ["data.path=notes.txt"] for kind in ("conll", "squad", "lines", "idx", "images")},
+    **{
+        f"+recipe={name}": ["model.path=owner/name", "data.path=notes.txt"]
+        for name in ("finetune_causal_lm", "sst2", "wnut17", "squad")
+    },
+    "+recipe=multi30k": ["data.path=notes.txt", "data.target_path=notes.txt"],
 }
 MACHINES = {"precision=fp16": CPU_FP16, "optimizer=lamb": GPU, "zero=stage3_nvme": CPU_AIO, "zero=stage3_plus": GPU}
 
@@ -59,7 +64,7 @@ def test_a_recipe_header_gives_what_a_user_needs(recipe):
     assert header.startswith("# @package _global_\n# description: ")
     assert re.search(rf"^#   deepspeed .*launch/train\.py \+recipe={recipe}\b", header, re.MULTILINE)
     assert re.search(r"^# needs: \S", header, re.MULTILINE)
-    assert re.search(r"^# loss: \S", header, re.MULTILINE)
+    assert re.search(r"^# (loss|accuracy|token_accuracy|f1|bleu|mse)[:,] ?\S", header, re.MULTILINE)
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "pretrain_llama", "pretrain_gpt2"])
@@ -109,6 +114,8 @@ def test_published_shapes():
 def test_configs_are_those_of_transformers():
     """Every `config` key is an attribute of the model type's own configuration, and the values are accepted."""
     transformers = pytest.importorskip("transformers")
+    import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
+
     for choice in groups()["model"]:
         model = unchecked(quick(f"model={choice}")).model
         if model.type is None:
@@ -122,8 +129,8 @@ def test_configs_are_those_of_transformers():
 
 
 def test_every_task_is_a_module_of_recipes():
-    modules = {file.stem for file in (CONF_DIR.parent / "recipes").glob("*.py")} - {"__init__", "base"}
-    assert set(TASKS) == modules
+    shared = {"__init__", "base", "supervised", "text", "scores"}
+    assert set(TASKS) == {file.stem for file in (CONF_DIR.parent / "recipes").glob("*.py")} - shared
 
 
 def test_offload_switches_the_fused_kernel_off():

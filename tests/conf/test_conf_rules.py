@@ -130,6 +130,10 @@ CASES = [
      ["parallel=tensor", "zero=stage3"], GPU),
     (["parallel.expert=2"], "parallel.expert", ["parallel.expert=1"], CPU),
     (["parallel.tensor=3"], "parallel.tensor", [], CPU),
+    (["eval.metric=loss"], "eval.metric", ["eval.metric=loss", "eval.every=5"], CPU),
+    (["eval.patience=2", "eval.every=5"], "eval.patience", ["eval.metric=loss", "eval.patience=2", "eval.every=5"],
+     CPU),
+    (["eval.beams=4"], "eval.beams", ["eval.beams=1"], CPU),
     # rules_data
     (["data=text"], "data.path", ["data=text", "data.path=notes.txt"], CPU),
     (["data=hub"], "data.name", ["data=hub", "data.name=x"], CPU),

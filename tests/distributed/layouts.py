@@ -101,7 +101,7 @@ def train(rank: int, world: int, cases: list[Case], steps: int = STEPS) -> list[
             result = engine.train_step(training_batches(step, place.data, recipe, cfg, layout), inspect)
             shown = {name: g for name, g in gradients.items() if g is not None}
             rows.append((result.loss, result.grad_norm, shown))
-        held_out = engine.evaluate(held_out_batches(place.data, recipe, cfg, layout))["loss"]
+        held_out = engine.evaluate(held_out_batches(place.data, recipe, cfg, layout)).metrics["loss"]
         results.append((rows, held_out))
         engine.ds.destroy()
     return results

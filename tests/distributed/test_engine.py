@@ -49,7 +49,7 @@ def evaluation(rank: int, world: int, stage: int) -> dict:
     from launch.runtime.loop import held_out_batches
 
     engine, recipe, cfg, layout = make(world, stage)
-    return engine.evaluate(held_out_batches(rank, recipe, cfg, layout))
+    return engine.evaluate(held_out_batches(rank, recipe, cfg, layout)).metrics
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -48,7 +48,7 @@ def round_trip(rank: int, world: int, case: Case, source: Path, folder: Path) ->
     for step in range(2):
         engine.train_step(training_batches(step, data, recipe, cfg, layout))
     export(engine, recipe, folder / "trained", rank == 0)
-    loss = engine.evaluate(held_out_batches(data, recipe, cfg, layout))["loss"]
+    loss = engine.evaluate(held_out_batches(data, recipe, cfg, layout)).metrics["loss"]
     torch.distributed.barrier()
     return loss
 

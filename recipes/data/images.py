@@ -1,0 +1,330 @@
+"""Images with a class each: IDX files (the format of MNIST), a folder per class, and scikit-learn's digits.
+
+A row's content is `{"image": uint8 array (H, W, C), "label": str}` with C = 1 (grey) or 3 (RGB).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from conf.errors import Problem, RequestError, did_you_mean
+from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _first_line, open_bytes
+from recipes.data.rows import Meter, Problems, Row
+from recipes.data.sources import FileSource, Source, find_files, held_out_files, held_out_row
+
+IDX_LABELS, IDX_GREY, IDX_COLOUR = 0x00000801, 0x00000803, 0x00000804
+"""First four bytes: unsigned bytes in 1 (N), 3 (N×H×W) or 4 (N×H×W×C) dimensions."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+DIGITS = 1797
+
+
+def resize(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """(H, W, 1 or 3) uint8 → (size, size, channels) uint8: bilinear (averaging where it shrinks), not cropped.
+
+    Grey from RGB is ITU-R 601 luma. Raises ValueError for any other number of channels.
+    """
+    from PIL import Image
+
+    if channels not in (1, 3) or image.shape[2] not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {image.shape[2]} → {channels}")
+    if image.shape == (size, size, channels):
+        return image
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    picture = picture.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(picture).reshape(size, size, channels)
+
+
+class IdxSource(FileSource):
+    """Images in the IDX file `path` (and `eval_path`), their labels in `target_path` (and `eval_target_path`).
+
+    `where` is FILE:INDEX of the file of images, counted from 1. Without `eval_path` the split is by index.
+    """
+
+    def check(self) -> list[Problem]:
+        found: list[Problem] = []
+        for held_out, split in ((False, ("path", "target_path")), (True, ("eval_path", "eval_target_path"))):
+            values = [getattr(self.config, name) for name in split]
+            if held_out and values == [None, None]:
+                continue
+            paths = []
+            for name, value in zip(split, values, strict=True):
+                if value is None:
+                    rule = "idx data has its images in one file and their labels in another"
+                    found.append(Problem(f"{self.key}.{name}", "null", rule, f"{self.key}.{name}=FILE"))
+                    continue
+                try:
+                    paths.append(self._one_file(name, value)[1])
+                except RequestError as error:
+                    found += error.problems
+            if len(paths) == 2:
+                problems = Problems()
+                try:
+                    shape = _check_pair(paths[0], paths[1], problems, whole=False)
+                except OSError as error:
+                    found.append(Problem(str(error.filename or paths[0]), "", f"cannot be read ({error.strerror})"))
+                    continue
+                found += problems.found
+                if shape and shape[0] < 2 and self.config.eval_path is None:
+                    rule = "needs at least two images, one of them is held out"
+                    found.append(Problem(f"{self.key}.path", str(self.config.path), rule, f"{self.key}.eval_path=FILE"))
+        return found
+
+    def files(self, held_out: bool) -> list[tuple[str, Path]]:
+        """The file of images and the file of labels; raises RequestError where one is missing."""
+        if held_out and self.config.eval_path is None:
+            return []
+        names = ("eval_path", "eval_target_path") if held_out else ("path", "target_path")
+        return [self._one_file(name, getattr(self.config, name)) for name in names]
+
+    def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
+        by_index = self.config.eval_path is None
+        for split in (False,) if by_index else (False, True):
+            (_, images), (_, labels) = self.files(split)
+            shape = _check_pair(images, labels, problems, whole=True)
+            start = meter.done
+            if shape is not None:
+                for index, (image, label) in enumerate(_read_pair(images, labels, shape, meter)):
+                    held_out = held_out_row(index, self.held_out) if by_index else split
+                    yield Row(f"{images}:{index + 1}", held_out, {"image": image, "label": str(label)})
+            meter.done = start + images.stat().st_size + labels.stat().st_size
+
+    def _one_file(self, name: str, value: str | None) -> tuple[str, Path]:
+        key = f"{self.key}.{name}"
+        files = find_files("idx", key, value, None)
+        if len(files) > 1:
+            present = [str(path) for _, path in files]
+            near = did_you_mean(f"{value}/{name}", present) or present[0]
+            raise RequestError(Problem(key, str(value), f"must be one file, this is {len(files)}", f"{key}={near}"))
+        return files[0]
+
+
+class ImageFolderSource(FileSource):
+    """FOLDER/CLASS/…: the class of an image is the first folder below `path` (or `eval_path`).
+
+    Sizes may differ. A grey image (Pillow's mode "L", or 16 bits) has one channel; all others become RGB, which drops
+    transparency. Of an animation the first frame counts; a photograph is turned as its EXIF orientation says.
+
+    Without `eval_path` the split is by file (`held_out_files` over relative names), except that a class with one image
+    only trains, and that one image of each class always does.
+    """
+
+    def files(self, held_out: bool) -> list[tuple[str, Path]]:
+        """(CLASS/…/NAME, file), sorted. Raises RequestError when there is no image."""
+        value = self.config.eval_path if held_out else self.config.path
+        if held_out and value is None:
+            return []
+        key = f"{self.key}.eval_path" if held_out else f"{self.key}.path"
+        found = [
+            (name, path)
+            for name, path in find_files("images", key, value, None)
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not found:
+            rule = f"there are no images in it ({' '.join(IMAGE_SUFFIXES)})"
+            raise RequestError(Problem(key, str(value), rule, f"{key}=FOLDER with a folder per class"))
+        return found[: self.max_files]
+
+    def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
+        train, evaluation = self.files(False), self.files(True)
+        set_aside = set() if evaluation else held_out_of_classes([name for name, _ in train], self.held_out)
+        for split, files in ((False, train), (True, evaluation)):
+            for name, path in files:
+                label, folder, _ = name.partition("/")
+                if not folder:
+                    problems.add(_classless(path))
+                    continue
+                image = _read_image(path, problems)
+                meter.done += path.stat().st_size
+                if image is not None:
+                    yield Row(str(path), split or name in set_aside, {"image": image, "label": label})
+
+    def _check_content(self, key: str, value: str, paths: list[Path], problems: Problems) -> None:
+        try:
+            files = self.files(key.endswith(".eval_path"))
+        except RequestError as error:
+            problems.found += error.problems
+            return
+        if loose := [path for name, path in files if "/" not in name]:
+            problems.add(_classless(loose[0]))
+            return
+        classes = {name.partition("/")[0] for name, _ in files}
+        if {name.lower() for name in classes} <= SPLIT_NAMES:
+            rule = f"these folders are splits, not classes: {', '.join(sorted(classes))}"
+            nearest = f"{self.key}.path={value}/TRAINING {self.key}.eval_path={value}/EVALUATION"
+            problems.add(Problem(key, value, rule, nearest))
+        elif self.config.eval_path is None and len(files) == len(classes):
+            rule = "no class has a second image that could be held out"
+            problems.add(Problem(key, value, rule, f"{self.key}.eval_path=FOLDER"))
+
+
+class DigitsSource(Source):
+    """scikit-learn's digits: 1,797 grey images of 8×8, handwritten by 43 people. Needs no file and no network.
+
+    Values 0…16 are scaled to 0…255. From https://archive.ics.uci.edu/dataset/80 (its test part).
+    """
+
+    def check(self) -> list[Problem]:
+        try:
+            importlib.metadata.version("scikit-learn")
+        except importlib.metadata.PackageNotFoundError:
+            rule = "these images come with scikit-learn, which is not installed"
+            return [Problem(f"{self.key}.kind", "digits", rule, "pip install scikit-learn")]
+        return []
+
+    def fingerprint(self) -> str:
+        return f"digits of scikit-learn {importlib.metadata.version('scikit-learn')}"
+
+    def size(self) -> int:
+        return DIGITS
+
+    def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        for index, (image, label) in enumerate(zip(images, digits.target, strict=True)):
+            meter.done += 1
+            content = {"image": image, "label": str(label)}
+            yield Row(f"digits:{index + 1}", held_out_row(index, self.held_out), content)
+
+
+def held_out_of_classes(names: list[str], share: float) -> set[str]:
+    """`held_out_files` of CLASS/NAME, such that each class keeps an image to train on.
+
+    Not empty as long as one class has two images.
+    """
+    images = Counter(name.partition("/")[0] for name in names)
+    several = [name for name in names if images[name.partition("/")[0]] > 1]
+    set_aside = held_out_files(several, share) if several else set()
+    trained = {name.partition("/")[0] for name in several if name not in set_aside}
+    for name in sorted(set_aside):
+        if (label := name.partition("/")[0]) not in trained:
+            set_aside.discard(name)
+            trained.add(label)
+    return set_aside
+
+
+def _classless(path: Path) -> Problem:
+    return Problem(str(path), "", "lies in no folder of a class", "FOLDER/CLASS/NAME, and FOLDER as the path")
+
+
+def _read_image(path: Path, problems: Problems) -> np.ndarray | None:
+    """(H, W, 1 or 3) uint8; None (and a problem) for a file that Pillow cannot read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # Pillow would clip these at 255
+                return (np.asarray(image) // 257).astype(np.uint8)[..., None]
+            array = np.array(image if image.mode == "L" else image.convert("RGB"))
+            return array if array.ndim == 3 else array[..., None]
+    except UnidentifiedImageError:
+        problems.add(Problem(str(path), "", "not an image that Pillow can read"))
+    except Exception as error:  # a broken file raises anything from SyntaxError to struct.error, by its format
+        problems.add(Problem(str(path), "", f"the image cannot be read ({_first_line(error)})"))
+    return None
+
+
+def _check_pair(images: Path, labels: Path, problems: Problems, whole: bool) -> tuple[int, int, int, int] | None:
+    """(N, H, W, C) of two IDX files that belong together; None (and problems) where they are wrong.
+
+    whole: also run through compressed files, whose size does not show otherwise.
+    """
+    shape = _check_idx(images, (IDX_GREY, IDX_COLOUR), problems, whole)
+    count = _check_idx(labels, (IDX_LABELS,), problems, whole)
+    if shape is None or count is None:
+        return None
+    if shape[0] != count[0]:
+        problems.add(Problem(str(labels), "", f"has {count[0]} labels, but {images} has {shape[0]} images"))
+        return None
+    if 0 in shape:
+        problems.add(Problem(str(images), "", f"has no images with pixels, it has {'×'.join(map(str, shape))}"))
+        return None
+    channels = shape[3] if len(shape) == 4 else 1
+    if channels not in (1, 3):
+        problems.add(Problem(str(images), "", f"its images have {channels} channels, not 1 (grey) or 3 (RGB)"))
+        return None
+    return shape[0], shape[1], shape[2], channels
+
+
+def _check_idx(path: Path, magics: tuple[int, ...], problems: Problems, whole: bool) -> tuple[int, ...] | None:
+    """The dimensions of an IDX file; None (and a problem) for another format, or a size that is not the header's."""
+    stream, raw = open_bytes(path)
+    try:
+        with raw, stream:
+            start = stream.read(4)
+            magic = int.from_bytes(start, "big")
+            if len(start) < 4 or magic not in magics:
+                problems.add(_wrong_magic(path, start, magics))
+                return None
+            dimensions = magic & 0xFF
+            header = stream.read(4 * dimensions)
+            shape = struct.unpack(f">{dimensions}I", header) if len(header) == 4 * dimensions else None
+            zipped = stream is not raw
+            if zipped and shape and not whole:
+                return shape
+            found = _length(stream) + 4 + len(header) if zipped else path.stat().st_size
+    except BROKEN_GZIP as error:
+        problems.add(_broken_gzip(path, error))
+        return None
+    expected = 4 + 4 * dimensions
+    for_shape = "its header"
+    if shape:
+        size = 1
+        for length in shape:
+            size *= length  # math of Python: four dimensions of 32 bits overflow those of numpy
+        expected += size
+        for_shape = "×".join(map(str, shape))
+    if found != expected:
+        unit = "bytes uncompressed" if zipped else "bytes"
+        rule = f"{for_shape} needs {expected} {unit}, the file has {found}: it is damaged or not complete"
+        problems.add(Problem(str(path), "", rule))
+        return None
+    return shape
+
+
+def _wrong_magic(path: Path, start: bytes, magics: tuple[int, ...]) -> Problem:
+    what = "labels" if IDX_LABELS in magics else "images"
+    expected = " or ".join(f"0x{magic:08x}" for magic in magics)
+    rule = f"not an IDX file of {what}: it begins with 0x{start.hex()}, not with {expected}"
+    swapped = int.from_bytes(start, "big") in ({IDX_GREY, IDX_COLOUR} if what == "labels" else {IDX_LABELS})
+    return Problem(str(path), "", rule, "path=IMAGES target_path=LABELS; these look swapped" if swapped else "")
+
+
+def _length(stream: IO[bytes]) -> int:
+    """Bytes from here to the end, not kept."""
+    length = 0
+    while block := stream.read(1 << 20):
+        length += len(block)
+    return length
+
+
+def _read_pair(
+    images: Path, labels: Path, shape: tuple[int, int, int, int], meter: Meter
+) -> Iterator[tuple[np.ndarray, int]]:
+    """((H, W, C) uint8, label) of two files that `_check_pair` found whole."""
+    count, *pixels = shape
+    size, start = int(np.prod(pixels)), meter.done
+    image_stream, image_raw = open_bytes(images)
+    label_stream, label_raw = open_bytes(labels)
+    with image_raw, image_stream, label_raw, label_stream:
+        image_stream.read(_header_bytes(image_stream))
+        label_stream.read(8)
+        for _ in range(count):
+            image = np.frombuffer(bytearray(image_stream.read(size)), dtype=np.uint8)  # writable, as torch wants it
+            meter.done = start + image_raw.tell() + label_raw.tell()
+            yield image.reshape(pixels), label_stream.read(1)[0]
+
+
+def _header_bytes(stream: IO[bytes]) -> int:
+    """What is left of the header after its first four bytes, which this reads."""
+    return 4 * (int.from_bytes(stream.read(4), "big") & 0xFF)

@@ -1,0 +1,166 @@
+"""What is to be seen in an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.errors import Problem
+from recipes.base import Prediction
+from recipes.data.examples import Example
+from recipes.data.rows import Meter, Problems, Row
+from recipes.supervised import IGNORE, Supervised
+
+if TYPE_CHECKING:
+    import torch
+
+MEAN, STD = 0.5, 0.5
+"""Of pixels in 0 to 1, for a new model; a pretrained one says its own."""
+
+
+class ImageClassification(Supervised):
+    """Images are resized to the model's size once; pixels are scaled when they are read."""
+
+    KINDS = {  # noqa: RUF012 - never changed
+        "digits": "recipes.data.images:DigitsSource",
+        "idx": "recipes.data.images:IdxSource",
+        "images": "recipes.data.images:ImageFolderSource",
+        "hub": "recipes.data.hub:HubSource",
+    }
+    KEYS = ("image", "label", "labels", "target_path", "eval_target_path")
+    ARRAYS = {"pixels": "uint8", "labels": "int32"}  # noqa: RUF012
+    METRICS = {"loss": "min", "accuracy": "max", "macro_f1": "max", "mcc": "max"}  # noqa: RUF012
+
+    def columns(self) -> dict[str, str]:
+        data = self.cfg.data
+        return {"image": data.image or "image", "label": data.label or "label"}
+
+    def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+        value = content["image"]
+        if not isinstance(value, dict) or not value.get("bytes"):
+            return [Problem(where, "", f"column '{columns['image']}' holds no image")]
+        import io
+
+        from PIL import Image
+
+        try:
+            picture = Image.open(io.BytesIO(value["bytes"]))
+            grey = picture.mode in ("1", "L", "I;16")
+            pixels = np.array(picture.convert("L" if grey else "RGB"))
+        except OSError as error:
+            return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
+        content["image"] = pixels.reshape(*pixels.shape[:2], -1)
+        return []
+
+    def is_empty(self, content: dict[str, Any]) -> bool:
+        return False
+
+    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+        yield self.named(content["label"])
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """(side of the square, channels) that the model wants."""
+        size = self._settings.image_size
+        return (size if isinstance(size, int) else size[0]), self._settings.num_channels
+
+    @property
+    def _settings(self) -> Any:
+        if not hasattr(self, "_config"):
+            self._config = self.model_config()
+        return self._config
+
+    def ready(self, root: Path, source: Any, fingerprint: str, progress: Any) -> list[str]:
+        return [str(self._shape)]
+
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
+        from recipes.data.images import resize
+
+        examples: list[list[Example]] = []
+        for row in rows:
+            label = self.number_of(self.named(row.content["label"]), row.where, problems)
+            pixels = resize(row.content["image"], *self._shape)
+            examples.append([{"pixels": pixels, "labels": np.array([IGNORE if label is None else label], np.int32)}])
+        return examples
+
+    def hf_class(self) -> Any:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification
+
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, standard deviation) by channel."""
+        channels = self._shape[1]
+        if self._folder and (self._folder / "preprocessor_config.json").exists():
+            from transformers import AutoImageProcessor
+
+            found = AutoImageProcessor.from_pretrained(self._folder)
+            return np.array(found.image_mean, np.float32), np.array(found.image_std, np.float32)
+        return np.full(channels, MEAN, np.float32), np.full(channels, STD, np.float32)
+
+    def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        side, channels = self._shape
+        if not hasattr(self, "_mean"):
+            self._mean, self._std = self._scale()
+        pixels = np.zeros((size, side, side, channels), np.float32)
+        labels = np.full(size, IGNORE, np.int64)
+        for number, row in enumerate(rows):
+            pixels[number] = (row["pixels"].reshape(side, side, channels) / np.float32(255) - self._mean) / self._std
+            labels[number] = row["labels"][0]
+        ids = np.array([int(row["id"]) for row in rows] + [-1] * (size - len(rows)))
+        return {"pixel_values": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), "labels": labels, "id": ids}
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        rows = int((batch["labels"] != IGNORE).sum())
+        return rows, rows
+
+    def places(self, batch: Mapping[str, np.ndarray]) -> int:
+        return len(batch["id"])
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {"pixel_values": batch["pixel_values"]}
+
+    def summed_loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from torch.nn import functional as F
+
+        return F.cross_entropy(outputs.logits.float(), batch["labels"], ignore_index=IGNORE, reduction="sum")
+
+    def read(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return {"classes": outputs.logits.argmax(-1).cpu().numpy()}
+
+    def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
+        found = []
+        for number in np.flatnonzero(batch["id"] >= 0):
+            sides = int(outputs["classes"][number]), int(batch["labels"][number])
+            named = [self.labels[one] for one in sides]
+            found.append({"id": int(batch["id"][number]), "prediction": named[0], "label": named[1], "_": sides})
+        return found
+
+    def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        from recipes.scores import classification_scores
+
+        predicted, labels = (list(column) for column in zip(*(row["_"] for row in predictions), strict=True))
+        return classification_scores(predicted, labels, len(self.labels))
+
+    def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        from recipes.scores import confusion, per_label
+
+        predicted, labels = (list(column) for column in zip(*(row["_"] for row in predictions), strict=True))
+        return {
+            "per_label": per_label(predicted, labels, self.labels),
+            "confusion": confusion(predicted, labels, len(self.labels)),
+        }
+
+    def save_processor(self, folder: Path) -> None:
+        from transformers import ViTImageProcessor
+
+        side, _ = self._shape
+        mean, std = self._scale()
+        size = {"height": side, "width": side}
+        ViTImageProcessor(size=size, image_mean=mean.tolist(), image_std=std.tolist()).save_pretrained(folder)
+
+
+recipe = ImageClassification

@@ -1,0 +1,220 @@
+"""Where in a text the answer to a question stands; texts longer than the model are read in windows that overlap."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.errors import Problem
+from recipes.base import Prediction, Progress
+from recipes.data.examples import Example
+from recipes.data.rows import Meter, Problems, Row, check_content
+from recipes.data.sources import Source
+from recipes.supervised import IGNORE, RECORDS
+from recipes.text import TextTask
+
+if TYPE_CHECKING:
+    import torch
+
+LONGEST_ANSWER = 30
+"""Tokens of a predicted answer at most."""
+NO_ANSWER = "no answer"
+
+
+class QuestionAnswering(TextTask):
+    """Start and end of the answer; the first token stands for no answer in this window (Devlin et al. 2018)."""
+
+    KINDS = {  # noqa: RUF012 - never changed
+        "stdlib": "recipes.data.parameters:ParametersSource",
+        "squad": "recipes.data.squad:SquadSource",
+        **{kind: reader for kind, reader in RECORDS.items() if kind != "csv"},
+    }
+    KEYS = ("question", "context", "answers", "stride")
+    ARRAYS = {  # noqa: RUF012
+        **TextTask.ARRAYS, "labels": "int32", "spans": "int32",
+        "context": "uint8", "answers": "uint8", "question": "uint8",
+    }  # fmt: skip
+    METRICS = {"loss": "min", "f1": "max", "exact_match": "max"}  # noqa: RUF012
+
+    def columns(self) -> dict[str, str]:
+        data = self.cfg.data
+        return {
+            "question": data.question or "question",
+            "context": data.context or "context",
+            "answers": data.answers or "answers",
+        }
+
+    def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+        problems = check_content({name: content[name] for name in ("question", "context")}, where, columns)
+        answers = content["answers"]
+        if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
+            rule = f"column '{columns['answers']}' must be an object with lists text and answer_start"
+            return [*problems, Problem(where, repr(answers)[:60], rule)]
+        found = []
+        for text, start in zip(answers["text"], answers["answer_start"], strict=False):
+            stands = content["context"][start : start + len(text)] if not problems else text
+            if stands != text:
+                rule = f"the answer is not at character {start}, where it says {stands!r}"
+                problems.append(Problem(where, repr(text), rule))
+            found.append({"text": text, "start": start})
+        content["answers"] = found
+        return problems
+
+    def is_empty(self, content: dict[str, Any]) -> bool:
+        return not content["question"].strip() or not content["context"].strip()
+
+    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+        if not content["answers"]:
+            yield NO_ANSWER
+
+    def texts(self, content: dict[str, Any]) -> Iterator[str]:
+        yield content["question"]
+        yield content["context"]
+
+    def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
+        self.labels, self._may_be_none = [], bool(self._counts)
+        return super().ready(root, source, fingerprint, progress)
+
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
+        questions = [row.content["question"].strip() for row in rows]
+        contexts = [row.content["context"] for row in rows]
+        limit = self.cfg.data.seq_length
+        if not self.tokenizer.num_special_tokens_to_add(pair=True):
+            end = self.tokenizer.eos_token or ""
+            questions = [f"{end}{question}{end}" for question in questions]
+        asked = [len(ids) for ids in self.tokenizer(questions, verbose=False)["input_ids"]]
+        half = limit // 2
+        for row, length in zip(rows, asked, strict=True):
+            if length > half:
+                rule = f"the question alone has {length} tokens, more than half of data.seq_length={limit}"
+                problems.add(Problem(row.where, "", rule, f"data.seq_length={-(-2 * length // 8) * 8}"))
+        if max(asked) > half:
+            return [[] for _ in rows]
+        found = self.tokenizer(
+            questions, contexts, truncation="only_second", max_length=limit, return_overflowing_tokens=True,
+            return_offsets_mapping=True, stride=min(self.cfg.data.stride, limit - max(asked) - 8),
+        )  # fmt: skip
+        examples: list[list[Example]] = [[] for _ in rows]
+        for window, number in enumerate(found["overflow_to_sample_mapping"]):
+            examples[number].append(self._window(rows[number], found, window))
+        return examples
+
+    def _window(self, row: Row, found: Any, window: int) -> Example:
+        """One window. spans: (T, 2) characters of the context that each of its tokens covers, -1 for other tokens."""
+        of_context = np.array([part == 1 for part in found.sequence_ids(window)])
+        spans = np.where(of_context[:, None], np.array(found["offset_mapping"][window]), -1)
+        content, label = row.content, (0, 0)
+        if content["answers"]:
+            start = content["answers"][0]["start"]
+            stop = start + len(content["answers"][0]["text"])
+            touched = np.flatnonzero(of_context & (spans[:, 0] < stop) & (spans[:, 1] > start))
+            if len(touched) and spans[touched[0], 0] <= start and spans[touched[-1], 1] >= stop:
+                label = (int(touched[0]), int(touched[-1]))
+        texts = {
+            "context": content["context"],
+            "answers": json.dumps([answer["text"] for answer in content["answers"]]),
+            "question": str(content.get("id", row.where)),
+        }
+        ids = np.array(found["input_ids"][window], np.int32)
+        kinds = found["token_type_ids"][window] if "token_type_ids" in found else [0] * len(ids)
+        return {
+            "input_ids": ids, "token_type_ids": np.array(kinds, np.int8), "labels": np.array(label, np.int32),
+            "spans": spans.astype(np.int32), **{name: _bytes(text) for name, text in texts.items()},
+        }  # fmt: skip
+
+    def hf_class(self) -> Any:
+        from transformers import AutoModelForQuestionAnswering
+
+        return AutoModelForQuestionAnswering
+
+    def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        labels = np.full((size, 2), IGNORE, np.int64)
+        for number, row in enumerate(rows):
+            labels[number] = row["labels"]
+        return {"labels": labels}
+
+    def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        batch = super().collate(rows, size)
+        batch["of_context"] = np.zeros_like(batch["input_ids"])
+        for number, row in enumerate(rows):
+            spans = row["spans"].reshape(-1, 2)
+            batch["of_context"][number, : len(spans)] = spans[:, 0] >= 0
+        return batch
+
+    def widen(self, batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+        wider = super().widen(batch, width)
+        missing = width - batch["of_context"].shape[1]
+        return {**wider, "of_context": np.pad(batch["of_context"], ((0, 0), (0, missing)))}
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        return int((batch["labels"][:, 0] != IGNORE).sum()), self.real_tokens(batch)
+
+    def summed_loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from torch.nn import functional as F
+
+        total = outputs.start_logits.new_zeros((), dtype=None).float()
+        for side, logits in enumerate((outputs.start_logits, outputs.end_logits)):
+            masked = logits.float().masked_fill(batch["attention_mask"] == 0, -1e9)
+            total = total + F.cross_entropy(masked, batch["labels"][:, side], ignore_index=IGNORE, reduction="sum")
+        return total / 2
+
+    def read(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        import torch
+
+        start, end = outputs.start_logits.float(), outputs.end_logits.float()
+        outside = batch["of_context"] == 0
+        scores = start.masked_fill(outside, -1e9)[:, :, None] + end.masked_fill(outside, -1e9)[:, None, :]
+        size = scores.shape[1]
+        legal = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu().tril(LONGEST_ANSWER - 1)
+        best, place = scores.masked_fill(~legal, -4e9).flatten(1).max(1)
+        spans = torch.stack([place // size, place % size], 1)
+        none = start[:, 0] + end[:, 0]
+        return {"span": spans.cpu().numpy(), "score": best.cpu().numpy(), "none": none.cpu().numpy()}
+
+    def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
+        found = []
+        for number in np.flatnonzero(batch["id"] >= 0):
+            window = int(batch["id"][number])
+            row = self.held_out.row(window)
+            spans, (first, last) = row["spans"].reshape(-1, 2), outputs["span"][number]
+            text = _text(row["context"])[spans[first, 0] : spans[last, 1]]
+            score, none = float(outputs["score"][number]), float(outputs["none"][number])
+            found.append(
+                {
+                    "id": window, "prediction": text, "label": json.loads(_text(row["answers"])),
+                    "question": _text(row["question"]), "_score": score, "_none": none,
+                }
+            )  # fmt: skip
+        return found
+
+    def merged(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        answers = []
+        for question, windows in itertools.groupby(predictions, key=lambda row: row["question"]):
+            parts = list(windows)
+            best = max(parts, key=lambda row: row["_score"])
+            # No answer where even the window that looks most like having one says so (Rajpurkar et al. 2018).
+            empty = self._may_be_none and min(row["_none"] for row in parts) > best["_score"]
+            answers.append({"id": question, "prediction": "" if empty else best["prediction"], "label": best["label"]})
+        return answers
+
+    def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        from recipes.scores import span_scores
+
+        numbered = list(enumerate(predictions))
+        return span_scores({n: row["prediction"] for n, row in numbered}, {n: row["label"] for n, row in numbered})
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _text(values: np.ndarray) -> str:
+    return values.tobytes().decode()
+
+
+recipe = QuestionAnswering

@@ -1,0 +1,167 @@
+"""A number for each row: from columns of numbers with a linear model, or from a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.errors import Problem
+from conf.schema import Config
+from recipes.base import Prediction
+from recipes.data.examples import Example
+from recipes.data.numbers import read_number
+from recipes.data.rows import Meter, Problems, Row, check_content
+from recipes.supervised import RECORDS, Supervised
+from recipes.text import TextTask
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+KINDS = {"line": "recipes.data.numbers:LineSource", **RECORDS}
+METRICS = {"loss": "min", "mse": "min", "r2": "max"}
+KEYS = ("text", "features", "label")
+
+
+class _Numbers(Supervised):
+    """The loss is the squared error, its mean over rows."""
+
+    KINDS = KINDS
+    KEYS = KEYS
+    METRICS = METRICS
+
+    def hf_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
+
+        return AutoModelForSequenceClassification
+
+    def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+        texts = {"text": content["text"]} if "text" in content else {}
+        problems = check_content(texts, where, columns) if texts else []
+        for name in content:
+            if name != "text":
+                number = read_number(content[name], where, columns[name])
+                if isinstance(number, Problem):
+                    problems.append(number)
+                else:
+                    content[name] = number
+        return problems
+
+    def is_empty(self, content: dict[str, Any]) -> bool:
+        return "text" in content and not content["text"].strip()
+
+    def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        targets, supervised = np.zeros(size, np.float32), np.zeros(size, bool)
+        for number, row in enumerate(rows):
+            targets[number], supervised[number] = row["target"][0], True
+        return {"target": targets, "supervised": supervised}
+
+    def summed_loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        errors = (outputs.logits[:, 0].float() - batch["target"].float()) ** 2
+        return (errors * batch["supervised"]).sum()
+
+    def read(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return {"value": outputs.logits[:, 0].float().cpu().numpy()}
+
+    def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
+        return [
+            {
+                "id": int(batch["id"][number]),
+                "prediction": float(outputs["value"][number]),
+                "label": float(batch["target"][number]),
+            }
+            for number in np.flatnonzero(batch["id"] >= 0)
+        ]
+
+    def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        from recipes.scores import regression_scores
+
+        return regression_scores([row["prediction"] for row in predictions], [row["label"] for row in predictions])
+
+
+class NumberRegression(_Numbers):
+    """From columns of numbers; by default with one linear layer."""
+
+    ARRAYS = {"features": "float32", "target": "float32"}  # noqa: RUF012 - never changed
+
+    def columns(self) -> dict[str, str]:
+        data = self.cfg.data
+        return {**{f"features.{name}": name for name in data.features}, "label": data.label or "label"}
+
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
+        return [[self._example(row.content)] for row in rows]
+
+    def _example(self, content: dict[str, Any]) -> Example:
+        numbers = content.get("features") or [content[f"features.{name}"] for name in self.cfg.data.features]
+        target = content["target"] if "target" in content else content["label"]
+        return {"features": np.array(numbers, np.float32), "target": np.array([target], np.float32)}
+
+    def scratch_defaults(self) -> dict[str, Any]:
+        return {"num_features": len(self.train.row(0)["features"])}
+
+    def model_config(self) -> PretrainedConfig:
+        import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
+
+        return super().model_config()
+
+    def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        width = len(self.held_out.row(0)["features"])
+        features = np.zeros((size, width), np.float32)
+        for number, row in enumerate(rows):
+            features[number] = row["features"]
+        ids = np.array([int(row["id"]) for row in rows] + [-1] * (size - len(rows)))
+        return {"features": features, "id": ids, **self.collate_labels(rows, size)}
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        rows = int(batch["supervised"].sum())
+        return rows, rows
+
+    def places(self, batch: Mapping[str, np.ndarray]) -> int:
+        return len(batch["id"])
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {"features": batch["features"]}
+
+    def save_processor(self, folder: Path) -> None:
+        pass
+
+
+class TextRegression(TextTask, _Numbers):
+    """From a text, with a head of one number on an encoder or decoder."""
+
+    ARRAYS = {**TextTask.ARRAYS, "target": "float32"}  # noqa: RUF012 - never changed
+    METRICS = METRICS
+    KINDS = RECORDS
+    KEYS = KEYS
+
+    def columns(self) -> dict[str, str]:
+        return {"text": self.cfg.data.text, "label": self.cfg.data.label or "label"}
+
+    def texts(self, content: dict[str, Any]) -> Iterator[str]:
+        yield content["text"]
+
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
+        return [
+            [{**inputs, "target": np.array([row.content["label"]], np.float32)}]
+            for row, inputs in zip(rows, self.encoded(rows, problems, meter), strict=True)
+        ]
+
+    def set_heads(self, config: PretrainedConfig) -> None:
+        super().set_heads(config)
+        config.num_labels, config.problem_type = 1, "regression"
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        return int(batch["supervised"].sum()), self.real_tokens(batch)
+
+
+def choose(cfg: Config) -> _Numbers:
+    """Numbers where columns of numbers are named, a text otherwise."""
+    return NumberRegression(cfg) if cfg.data.features or cfg.data.kind == "line" else TextRegression(cfg)
+
+
+recipe = choose

@@ -1,0 +1,312 @@
+"""What recipes of labelled examples share: rows become examples once, examples become batches, logits predictions.
+
+A recipe says which columns and kinds of data it reads, how a row is encoded, what its loss is and how logits are read.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from conf.batch import sizes
+from conf.errors import Problem, RequestError, did_you_mean
+from conf.rules_values import changed, shown
+from conf.schema import Config, DataConfig, SourceConfig
+from recipes.base import Prediction, Progress, Recipe
+from recipes.data.examples import Example, Examples, Shuffled, encoded
+from recipes.data.rows import Fields, Meter, Problems, Row
+from recipes.data.sources import Source
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+IGNORE = -100
+FORMAT = 1
+"""Part of every name in the cache: raise it when examples of the same data would come out differently."""
+RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
+RECORDS["hub"] = "recipes.data.hub:HubSource"
+OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir")
+GENERAL = (*OF_ALL, "overlong", "bucketing")
+"""Keys of `data` that every task reads, and every task of examples."""
+OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
+"""Keys of a source that only language models read, unless a task names them among its own."""
+
+
+class Supervised(Recipe):
+    """A task whose rows are examples with labels."""
+
+    KINDS: ClassVar[Mapping[str, str]] = RECORDS
+    """Kind of data → `module:class` of its source."""
+    KEYS: ClassVar[tuple[str, ...]] = ()
+    """Keys of `data` that this task reads besides the general ones."""
+    ARRAYS: ClassVar[Mapping[str, str]] = {}
+    """Arrays of an example → their dtype on disk."""
+    LENGTH: ClassVar[str | None] = None
+    """The array whose lengths are made similar within a batch."""
+    labels: list[str]
+    """Names of the classes, in the order of their numbers; empty where there are none."""
+
+    # Data
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Name inside a row (and of the key of `data`) → the column of a record."""
+
+    def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+        """What is wrong with the values of one record; text is text by default."""
+        from recipes.data.rows import check_content
+
+        return check_content(content, where, columns)
+
+    def is_empty(self, content: dict[str, Any]) -> bool:
+        """Whether there is nothing to learn in a row."""
+        return not all(content.values())
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
+        """The examples of each row; broken rows go to `problems`."""
+
+    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+        """The names of the classes that a row has, for tasks with classes."""
+        yield from ()
+
+    def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
+        """Make what encoding needs (a tokenizer), and return what the examples depend on beside data and task."""
+        return []
+
+    def check(self) -> list[Problem]:
+        problems = [*self._check_keys(), *self._check_run()]
+        if problems:
+            return problems
+        return self.source().check()
+
+    def _check_keys(self) -> Iterator[Problem]:
+        data = self.cfg.data
+        if data.kind not in self.KINDS:
+            near = did_you_mean(data.kind, self.KINDS) or next(iter(self.KINDS))
+            rule = f"{self.cfg.task} reads {', '.join(self.KINDS)}"
+            yield Problem("data.kind", data.kind, rule, f"data={near}")
+        yield from foreign_keys(self.cfg, self.KEYS)
+        if data.kind in RECORDS:
+            for name, column in self.columns().items():
+                if not column:
+                    yield Problem(f"data.{name}", "null", f"{data.kind} data needs it", f"data.{name}=COLUMN")
+
+    def _check_run(self) -> Iterator[Problem]:
+        cfg = self.cfg
+        if cfg.parallel.sequence > 1:
+            rule = f"sequences of {cfg.task} are not divided"
+            yield Problem("parallel.sequence", str(cfg.parallel.sequence), rule, "parallel.sequence=1")
+        for section, name in ((cfg.data, "packing"), (cfg.train, "fused_loss"), (cfg.eval, "prompt")):
+            if changed(section, name):
+                key = f"{'data' if section is cfg.data else 'train' if section is cfg.train else 'eval'}.{name}"
+                default = next(field.default for field in fields(section) if field.name == name)
+                nearest = f"{key}={shown(default)}"
+                yield Problem(key, shown(getattr(section, name)), f"{cfg.task} does not use it", nearest)
+
+    def source(self) -> Source:
+        """Where the rows come from."""
+        module, _, name = self.KINDS[self.cfg.data.kind].partition(":")
+        kind = getattr(import_module(module), name)
+        data = self.cfg.data
+        wanted = Fields(
+            {name: column for name, column in self.columns().items() if column}, self.check_values, self.is_empty
+        )
+        return kind(data, "data", data.held_out, data.max_files, wanted)
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        from recipes.data.cache import key_of
+        from recipes.data.store import default_cache_dir
+        from recipes.models.pretrained import local_folder
+
+        cfg, data = self.cfg, self.cfg.data
+        report = progress or (lambda done, total, what: None)
+        root = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
+        self._folder = local_folder(cfg.model, progress) if cfg.model.path else None
+        source = self.source()
+        settings = {name: value for name, value in asdict(data).items() if name not in ("cache_dir", "bucketing")}
+        try:
+            fingerprint = key_of(FORMAT, cfg.task, settings, source.fingerprint())
+            self.labels, self._counts = self._find_labels(root, source, fingerprint)
+            depends = self.ready(root, source, fingerprint, report)
+            name = f"examples-{key_of(fingerprint, self.labels, depends)}"
+            store = encoded(root, name, source, self.ARRAYS, self.encode, report)
+        except OSError as error:
+            raise RequestError(
+                Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
+            ) from error
+        self.report = {"source": source.name, **store.facts, "labels": self._counts}
+        for split in ("train", "held_out"):
+            if not store.facts[split]:
+                rule = f"the {split.replace('_', '-')} split has no rows"
+                raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
+        train = Examples(store, "train", self.ARRAYS)
+        lengths = train.lengths(self.LENGTH) if self.LENGTH and data.bucketing else None
+        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], lengths)
+        self.held_out = Examples(store, "held_out", self.ARRAYS)
+        if problems := self.check_model() + self._check_size():
+            raise RequestError(problems)
+
+    def _check_size(self) -> list[Problem]:
+        rows, size = len(self.train), sizes(self.cfg.batch)[0]
+        if rows >= size:
+            return []
+        rule = f"one global batch is more than the whole training split, which has {rows} rows"
+        return [Problem("batch.global_size", str(size), rule, f"batch.global_size={rows}, or more data")]
+
+    def _find_labels(self, root: Path, source: Source, fingerprint: str) -> tuple[list[str], dict[str, int]]:
+        """(names of the classes, training rows of each). Raises RequestError for a named class without a row."""
+        from recipes.data.store import entry
+
+        def build(folder: Path) -> dict[str, Any]:
+            problems, meter, counts = Problems(), Meter(source.size()), dict[str, int]()
+            for row in source.read(problems, meter):
+                for label in self.classes_of(row.content) if not row.held_out else ():
+                    counts[label] = counts.get(label, 0) + 1
+            problems.raise_any()
+            return {"counts": counts}
+
+        counts = entry(root, f"labels-{fingerprint}", build).facts["counts"]
+        given = self.cfg.data.labels
+        if given is None:
+            return sorted(counts, key=_natural), counts
+        without = [name for name in given if name not in counts]
+        if counts and without:
+            rule = "a class without an example in the training rows"
+            near = did_you_mean(without[0], counts)
+            raise RequestError(
+                Problem("data.labels", name, rule, f"{near}?" if near else f"one of {', '.join(counts)}")
+                for name in without
+            )
+        return list(given), counts
+
+    def named(self, label: Any) -> str:
+        """The name of a class that a row gives by its name or, where `data.labels` names them, by its number."""
+        name, given = str(label), self.cfg.data.labels
+        if given and name not in given and name.isdigit() and int(name) < len(given):
+            return given[int(name)]
+        return name
+
+    def number_of(self, label: str, where: str, problems: Problems) -> int | None:
+        """The number of a class, or None and a problem."""
+        try:
+            return self._numbers[label]
+        except KeyError:
+            near = did_you_mean(label, self.labels)
+            shown_labels = ", ".join(self.labels[:12]) + ("…" if len(self.labels) > 12 else "")
+            rule = f"not in the label set ({shown_labels})"
+            problems.add(Problem(where, repr(label), rule, f"'{near}'" if near else "data.labels=[…], or mend the row"))
+            return None
+
+    @property
+    def _numbers(self) -> dict[str, int]:
+        if not hasattr(self, "_label_numbers"):
+            self._label_numbers = {label: number for number, label in enumerate(self.labels)}
+        return self._label_numbers
+
+    def said(self) -> str | None:
+        counts = [f"{self.report['train']:,} training examples, {self.report['held_out']:,} held out"]
+        counts += [f"{count:,} {what}" for what, count in self.report["skipped"].items()]
+        return "; ".join(counts)
+
+    # Model
+
+    def model_config(self) -> PretrainedConfig:
+        from recipes.models.build import scratch_config
+
+        if self._folder:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+        else:
+            assert self.cfg.model.type is not None  # a rule: one of type and path is given
+            config = scratch_config(self.cfg.model.type, {**self.scratch_defaults(), **self.cfg.model.config})
+        self.set_heads(config)
+        return config
+
+    def scratch_defaults(self) -> dict[str, Any]:
+        """Attributes of a new model's configuration that the data decide."""
+        return {}
+
+    def set_heads(self, config: PretrainedConfig) -> None:
+        """What the configuration says of the head: its classes and their names."""
+        if self.labels:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: number for number, name in enumerate(self.labels)}
+
+    def check_model(self) -> list[Problem]:
+        """What only the model's own configuration can tell."""
+        from recipes.models.build import check_buildable
+
+        return check_buildable(self.hf_class(), self.model_config(), self.cfg.model, self.cfg.parallel)
+
+    def weights(self) -> Path | None:
+        return self._folder
+
+    def new_head(self) -> bool:
+        return True
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        pass
+
+    # Batches, loss and predictions
+
+    def width(self, batch: Mapping[str, np.ndarray]) -> int:
+        return 0
+
+    def widen(self, batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+        return batch
+
+    @abstractmethod
+    def summed_loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch from the model's outputs, a sum over what is supervised, fp32."""
+
+    @abstractmethod
+    def read(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """What of the model's outputs `predictions` needs, each of (B, …)."""
+
+    def call(self, model: Any, batch: Mapping[str, torch.Tensor]) -> Any:
+        """The model's outputs."""
+        return model(**self.inputs(batch))
+
+    def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.summed_loss(self.call(model, batch), batch)
+
+    def evaluate(self, model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+        outputs = self.call(model, batch)
+        return self.summed_loss(outputs, batch), self.read(outputs, batch)
+
+    def metrics(self, loss: float, supervised: int, predictions: Sequence[Prediction] = ()) -> dict[str, float]:
+        return {"loss": loss, **self.scores(predictions)}
+
+    @abstractmethod
+    def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Named metrics of the predictions for all held-out rows."""
+
+
+def foreign_keys(cfg: Config, own: Sequence[str], general: Sequence[str] = GENERAL) -> Iterator[Problem]:
+    """Keys of `data` that are set and that this task does not read."""
+    readers = {field.name for field in fields(SourceConfig)} - set(OF_LANGUAGE_MODELS)
+    known = {*readers, *general, *own, "vocab_size", "packing", "mixture"}
+    for field in fields(DataConfig):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(cfg.data, field.name)
+        if field.name in known or value == default:
+            continue
+        rule = f"{cfg.task} does not read it; it reads {', '.join(own) or 'no columns'}"
+        yield Problem(f"data.{field.name}", shown(value), rule, f"data.{field.name}={shown(default)}")
+
+
+def _natural(label: str) -> tuple[int, float, str]:
+    """Numbers in their order, before words in theirs."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label

@@ -1,0 +1,171 @@
+"""What recipes of labelled texts share: the tokenizer, ids of texts, batches as wide as their longest row."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from conf.errors import Problem
+from recipes.base import Progress
+from recipes.data.examples import Example
+from recipes.data.packing import MULTIPLE
+from recipes.data.rows import Meter, Problems, Row
+from recipes.data.sources import Source
+from recipes.supervised import Supervised
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEFAULT_VOCABULARY = 8192
+
+
+class TextTask(Supervised):
+    """Examples with `input_ids`; a micro-batch is padded to the longest of its rows, rounded up to a multiple of 8."""
+
+    PADDED: ClassVar[Mapping[str, int]] = {}
+    """Arrays of one value per token besides the inputs, and what they are padded with."""
+    ARRAYS = {"input_ids": "int32", "token_type_ids": "int8"}  # noqa: RUF012 - never changed
+    LENGTH = "input_ids"
+    tokenizer: PreTrainedTokenizerBase
+
+    @abstractmethod
+    def texts(self, content: dict[str, Any]) -> Iterator[str]:
+        """The texts of a row, for training a tokenizer on them."""
+
+    def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
+        from recipes.data.cache import trained_tokenizer
+        from recipes.data.tokenizer import load_tokenizer, tokenizer_digest
+
+        model, data = self.cfg.model, self.cfg.data
+        if model.tokenizer:
+            self.tokenizer = load_tokenizer(model.tokenizer)
+        elif self._folder:
+            self.tokenizer = load_tokenizer(str(self._folder), key="model.path")
+        else:
+
+            def texts() -> Iterator[str]:
+                problems, meter = Problems(), Meter(source.size())
+                for row in source.read(problems, meter):
+                    if not row.held_out:
+                        yield from self.texts(row.content)
+                progress(meter.total, meter.total, "training the tokenizer")
+                problems.raise_any()
+
+            size = data.vocab_size or model.config.get("vocab_size", DEFAULT_VOCABULARY)
+            self.tokenizer = trained_tokenizer(root, [fingerprint], texts, size)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        return [tokenizer_digest(self.tokenizer)]
+
+    @property
+    def pads(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def ids(self, texts: Sequence[str], pairs: Sequence[str] | None = None, **options: Any) -> Any:
+        """What the tokenizer makes of texts (and second texts), with its special tokens, cut to `data.seq_length`.
+
+        A tokenizer that adds none (one trained on the data, GPT-2's) gets the end-of-text token behind each text: a
+        decoder's answer is read from the last token, an encoder's from the first, and both want one that sums up.
+        """
+        length = self.cfg.data.seq_length
+        if self.tokenizer.num_special_tokens_to_add(pair=pairs is not None):
+            given = (list(texts), list(pairs)) if pairs is not None else (list(texts),)
+            return self.tokenizer(*given, truncation=True, max_length=length, **options)
+        end = self.tokenizer.eos_token or ""
+        joined = [
+            f"{end}{text}{end}{pairs[number]}{end}" if pairs is not None else f"{end}{text}{end}"
+            for number, text in enumerate(texts)
+        ]
+        return self.tokenizer(joined, truncation=True, max_length=length, **options)
+
+    def encoded(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[Example]:
+        """`input_ids` and `token_type_ids` of the text of each row, and of its `pair` where rows have one."""
+        texts = [row.content["text"] for row in rows]
+        pairs = [row.content["pair"] for row in rows] if "pair" in rows[0].content else None
+        found = self.ids(texts, pairs)
+        limit = self.cfg.data.seq_length
+        if full := [number for number, ids in enumerate(found["input_ids"]) if len(ids) >= limit]:
+            long = [texts[n] + (f" {pairs[n]}" if pairs else "") for n in full]
+            lengths = [len(ids) for ids in self.tokenizer(long, verbose=False)["input_ids"]]
+            self.overlong(lengths, [rows[n].where for n in full], problems, meter)
+        kinds = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
+        return [
+            {"input_ids": np.array(ids, np.int32), "token_type_ids": np.array(kind, np.int8)}
+            for ids, kind in zip(found["input_ids"], kinds, strict=True)
+        ]
+
+    def overlong(self, lengths: Sequence[int], wheres: Sequence[str], problems: Problems, meter: Meter) -> None:
+        """Rows longer than `data.seq_length`: counted, or refused as configured."""
+        limit = self.cfg.data.seq_length
+        for length, where in zip(lengths, wheres, strict=True):
+            if length <= limit:
+                continue
+            if self.cfg.data.overlong == "refuse":
+                rule = f"longer than data.seq_length={limit}"
+                nearest = f"data.overlong=truncate, or data.seq_length={-(-length // 8) * 8}"
+                problems.add(Problem(where, f"{length} tokens", rule, nearest))
+            else:
+                meter.skip("rows truncated to data.seq_length")
+
+    def scratch_defaults(self) -> dict[str, Any]:
+        return {"vocab_size": len(self.tokenizer)}
+
+    def set_heads(self, config: PretrainedConfig) -> None:
+        super().set_heads(config)
+        config.get_text_config().pad_token_id = config.pad_token_id = self.pads
+
+    def check_model(self) -> list[Problem]:
+        from recipes.models.build import check_text
+
+        problems = super().check_model()
+        return problems or check_text(self.model_config(), self.tokenizer, self.cfg.data.seq_length)
+
+    def width(self, batch: Mapping[str, np.ndarray]) -> int:
+        return batch["input_ids"].shape[1]
+
+    def widen(self, batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+        filled = {"input_ids": self.pads, "attention_mask": 0, "token_type_ids": 0, **self.PADDED}
+        wider = dict(batch)
+        for name, value in filled.items():
+            if name in batch:
+                rows = batch[name]
+                wider[name] = np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
+        return wider
+
+    def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        longest = max((len(row["input_ids"]) for row in rows), default=1)
+        width = min(-(-longest // MULTIPLE) * MULTIPLE, max(longest, self.cfg.data.seq_length))
+        batch: dict[str, np.ndarray] = {}
+        names = ["input_ids", *self.PADDED]
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            names.append("token_type_ids")
+        for name in names:
+            values = np.full((size, width), {"input_ids": self.pads, **self.PADDED}.get(name, 0), np.int64)
+            for number, row in enumerate(rows):
+                values[number, : len(row[name])] = row[name]
+            batch[name] = values
+        lengths = np.array([len(row["input_ids"]) for row in rows] + [1] * (size - len(rows)))
+        # A row that fills the batch up sees its first token: a softmax over nothing is not a number.
+        batch["attention_mask"] = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        batch["id"] = np.array([int(row["id"]) for row in rows] + [-1] * (size - len(rows)))
+        return batch | self.collate_labels(rows, size)
+
+    def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+        """The labels of a micro-batch that are not one per token."""
+        return {}
+
+    def real_tokens(self, batch: Mapping[str, np.ndarray]) -> int:
+        """Tokens that are not padding, of rows that are rows."""
+        return int(batch["attention_mask"][batch["id"] >= 0].sum())
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return {name: batch[name] for name in names if name in batch}
+
+    def save_processor(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,134 @@
+"""Which class each token of a text has: entities, parts of speech, lexical classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.errors import Problem
+from recipes.base import Prediction
+from recipes.data.examples import Example
+from recipes.data.rows import Meter, Problems, Row
+from recipes.supervised import IGNORE, RECORDS
+from recipes.text import TextTask
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TokenClassification(TextTask):
+    """The first piece of each token carries its class; the other pieces are not supervised."""
+
+    KINDS = {  # noqa: RUF012 - never changed
+        "stdlib": "recipes.data.lexical:LexicalSource",
+        "conll": "recipes.data.conll:ConllSource",
+        **{kind: reader for kind, reader in RECORDS.items() if kind != "csv"},
+    }
+    KEYS = ("tokens", "label", "labels")
+    ARRAYS = {**TextTask.ARRAYS, "labels": "int32", "tokens": "int32", "tags": "int32"}  # noqa: RUF012
+    PADDED = {"labels": IGNORE, "tokens": -1}  # noqa: RUF012
+    METRICS = {  # noqa: RUF012
+        "loss": "min", "f1": "max", "precision": "max", "recall": "max", "token_accuracy": "max", "macro_f1": "max",
+    }  # fmt: skip
+
+    def columns(self) -> dict[str, str]:
+        data = self.cfg.data
+        return {"tokens": data.tokens or "tokens", "tags": data.label or "tags"}
+
+    def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+        for name, kinds in (("tokens", str), ("tags", str | int)):
+            value = content[name]
+            if not isinstance(value, list) or not all(isinstance(one, kinds) for one in value):
+                rule = f"column '{columns[name]}' must be a list of {'texts' if name == 'tokens' else 'tags'}"
+                return [Problem(where, repr(value)[:60], rule)]
+        if len(content["tokens"]) != len(content["tags"]):
+            rule = f"{len(content['tokens'])} tokens and {len(content['tags'])} tags"
+            return [Problem(where, "", rule, "one tag for each token")]
+        return []
+
+    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+        yield from map(self.named, content["tags"])
+
+    def texts(self, content: dict[str, Any]) -> Iterator[str]:
+        yield " ".join(content["tokens"])
+
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
+        limit = self.cfg.data.seq_length
+        tokens = [row.content["tokens"] for row in rows]
+        found = self.tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=limit)
+        whole = self.tokenizer(tokens, is_split_into_words=True, verbose=False)
+        lengths = [len(ids) for ids in whole["input_ids"]]
+        self.overlong(lengths, [row.where for row in rows], problems, meter)
+        examples: list[list[Example]] = []
+        for number, row in enumerate(rows):
+            numbers = [self.number_of(name, row.where, problems) for name in self.classes_of(row.content)]
+            tags = np.array([IGNORE if one is None else one for one in numbers], np.int32)
+            words = found.word_ids(number)
+            first = np.array(
+                [
+                    -1 if word is None or word == before else word
+                    for before, word in zip([None, *words], words, strict=False)
+                ],
+                np.int32,
+            )
+            ids = np.array(found["input_ids"][number], np.int32)
+            examples.append(
+                [
+                    {
+                        "input_ids": ids, "token_type_ids": np.zeros(len(ids), np.int8), "tokens": first, "tags": tags,
+                        "labels": np.where(first >= 0, tags[first], IGNORE),
+                    }
+                ]
+            )  # fmt: skip
+        return examples
+
+    def hf_class(self) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        return int((batch["labels"] != IGNORE).sum()), self.real_tokens(batch)
+
+    def summed_loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from torch.nn import functional as F
+
+        logits = outputs.logits.float().flatten(0, 1)
+        return F.cross_entropy(logits, batch["labels"].flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def read(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return {"classes": outputs.logits.argmax(-1).cpu().numpy()}
+
+    def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
+        found = []
+        for number in np.flatnonzero(batch["id"] >= 0):
+            row = int(batch["id"][number])
+            tags = self.held_out.row(row)["tags"]
+            # What was cut off is predicted to be the most frequent class, which for entities is outside of them.
+            predicted = np.full(len(tags), self._usual)
+            token = batch["tokens"][number]
+            predicted[token[token >= 0]] = outputs["classes"][number][: len(token)][token >= 0]
+            sides = [[self.labels[one] for one in side] for side in (predicted, tags)]
+            found.append({"id": row, "prediction": sides[0], "label": sides[1]})
+        return found
+
+    @property
+    def _usual(self) -> int:
+        return max(range(len(self.labels)), key=lambda number: self._counts.get(self.labels[number], 0))
+
+    def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        from recipes.scores import entity_scores
+
+        return entity_scores([row["prediction"] for row in predictions], [row["label"] for row in predictions])
+
+    def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        from recipes.scores import per_label
+
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        sides = [[numbers[tag] for row in predictions for tag in row[side]] for side in ("prediction", "label")]
+        return {"per_label": per_label(sides[0], sides[1], self.labels)}
+
+
+recipe = TokenClassification
