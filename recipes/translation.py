@@ -145,6 +145,8 @@ class Translation(TextTask):
 
     def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
         rows = np.flatnonzero(batch["id"] >= 0)
+        if not len(rows):
+            return []
         texts = self.tokenizer.batch_decode(outputs["tokens"][rows], skip_special_tokens=True)
         return [
             {

@@ -53,7 +53,8 @@ class StageModule(nn.Module):
         self.stage.receive(None if self.stage.first else received)
         with self.stage.alone():
             if not self.stage.last:
-                return self.stage.forward(**self._recipe.inputs(batch))
+                # A convolution leaves its output in another order of memory, which gloo does not send.
+                return self.stage.forward(**self._recipe.inputs(batch)).contiguous()
             if torch.is_grad_enabled():
                 return self._recipe.loss(self.model, batch) * self._scale
             loss, outputs = self._recipe.evaluate(self.model, batch)
