@@ -20,7 +20,7 @@ from conf.errors import Problem, RequestError
 from conf.hydra_flags import passthrough
 from conf.overrides import CONF_DIR, Overrides, read_overrides
 from conf.rules import check
-from conf.schema import Config
+from conf.schema import Config, DataConfig
 
 __all__ = ["compose", "hydra_passthrough", "list_recipes", "recipe_listing", "to_yaml"]
 
@@ -91,13 +91,15 @@ def _what_a_choice_brings(read: Overrides) -> dict[str, str]:
     """Values that give way to what the user chose, because the recipe set them for its own choice.
 
     `train.steps` replaces a recipe's epochs and the other way round; another optimizer than the recipe's comes with its
-    own learning rate.
+    own learning rate; held-out data of one's own replaces a share of the rows.
     """
     brought = {}
     recipe = yaml.safe_load((CONF_DIR / "recipe" / f"{read.choices['recipe']}.yaml").read_text())
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
         if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
             brought[f"train.{theirs}"] = "null"
+    if "held_out" in recipe.get("data", {}) and {"data.eval_path", "data.eval_split"} & read.values.keys():
+        brought["data.held_out"] = str(DataConfig.held_out)
     chosen = read.choices.get("optimizer")
     defaults = {k: v for entry in recipe.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
     if chosen is not None and chosen != defaults.get("override /optimizer"):

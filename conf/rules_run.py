@@ -157,9 +157,7 @@ def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A best model is chosen among several evaluations, and waited for by a metric."""
     metric, every = cfg.eval.metric, cfg.eval.every
     if metric is not None and not every:
-        yield Problem(
-            "eval.metric", metric, "there is one evaluation, and so no choice", "eval.every=50"
-        )
+        yield Problem("eval.metric", metric, "there is one evaluation, and so no choice", "eval.every=50")
     if cfg.eval.patience is not None and metric is None:
         yield Problem("eval.patience", str(cfg.eval.patience), "no metric says what is better", "eval.metric=loss")
     if cfg.eval.beams != 1 and cfg.task != "translation":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -23,6 +24,7 @@ from conf.errors import Problem, RequestError, did_you_mean
 from launch.planner.schedule import Instruction
 from launch.runtime.ds_config import ds_config
 from launch.runtime.request import Request, read_request, run_command
+from recipes import recipe_class
 
 COMMAND = "launch/plan.py"
 FORMATS = ("table", "json")
@@ -48,9 +50,12 @@ def main(argv: list[str]) -> int:
     from recipes.models.shape import model_shape
 
     cfg, layout, device = request.cfg, request.layout, request.device
+    recipe = recipe_class(cfg.task)(cfg)
+    hf_class = recipe.hf_class()
+    cfg.data.seq_length = recipe.row_length()
     if request.own["search"] == "true":
-        return show_layouts(request, wanted)
-    shape = model_shape(cfg.model, cfg.data, cfg.precision.name, cfg.parallel)
+        return show_layouts(request, wanted, hf_class)
+    shape = model_shape(cfg.model, cfg.data, cfg.precision.name, cfg.parallel, hf_class)
     plan = make_plan(cfg, layout, shape, ds_config(cfg, layout, device), device, programs)
     if wanted == "json":
         print(json.dumps(plan, indent=2, ensure_ascii=False))
@@ -71,7 +76,7 @@ def programs(layout: Layout, micro_batches: int) -> Sequence[Sequence[Instructio
     return programs(layout, micro_batches)
 
 
-def show_layouts(request: Request, wanted: str) -> int:
+def show_layouts(request: Request, wanted: str, hf_class: Any) -> int:
     """Print all layouts of the request's world size."""
     from rich.console import Console
 
@@ -91,7 +96,7 @@ def show_layouts(request: Request, wanted: str) -> int:
             raise RequestError(Problem(key, request.own[key], rule, f"{key}={assumed:g}")) from None
     found = search(
         cfg, request.layout.world, request.environment.on(request.device),
-        lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel),
+        lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel, hf_class),
         programs, request.device, *speeds,
     )  # fmt: skip
     if wanted == "json":

@@ -39,6 +39,8 @@ class Recipe(ABC):
 
     METRICS: ClassVar[Mapping[str, str]] = {"loss": "min"}
     """Metrics that can decide which model is best, each with min or max."""
+    finished = False
+    """The weights are those of a model that is only evaluated: nothing in it may be new."""
     train: Rows
     """Endless over epochs: `row(i)` takes the global sample index, any i >= 0; `len` is one epoch."""
     held_out: Rows
@@ -98,6 +100,10 @@ class Recipe(ABC):
     @abstractmethod
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         """(supervised targets, real unpadded tokens) of a micro-batch: the loss's denominator and the throughput's."""
+
+    def row_length(self) -> int:
+        """Tokens of a row at most, for the plan."""
+        return self.cfg.data.seq_length
 
     def places(self, batch: Mapping[str, np.ndarray]) -> int:
         """Places for tokens in a micro-batch, padding included."""

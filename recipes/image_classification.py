@@ -120,6 +120,11 @@ class ImageClassification(Supervised):
     def places(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["id"])
 
+    def row_length(self) -> int:
+        """Patches of an image, with one in front of them."""
+        patch = self.cfg.model.config.get("patch_size", 16)
+        return (self.cfg.model.config.get("image_size", 224) // patch) ** 2 + 1
+
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}
 

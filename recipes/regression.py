@@ -124,6 +124,9 @@ class NumberRegression(_Numbers):
     def places(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["id"])
 
+    def row_length(self) -> int:
+        return 1
+
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"features": batch["features"]}
 

@@ -5,6 +5,7 @@ A recipe says which columns and kinds of data it reads, how a row is encoded, wh
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -174,10 +175,10 @@ class Supervised(Recipe):
             return {"counts": counts}
 
         counts = entry(root, f"labels-{fingerprint}", build).facts["counts"]
-        given = self.cfg.data.labels
+        given = self.cfg.data.labels or self._labels_of_model(counts)
         if given is None:
             return sorted(counts, key=_natural), counts
-        without = [name for name in given if name not in counts]
+        without = [name for name in self.cfg.data.labels or () if name not in counts]
         if counts and without:
             rule = "a class without an example in the training rows"
             near = did_you_mean(without[0], counts)
@@ -186,6 +187,14 @@ class Supervised(Recipe):
                 for name in without
             )
         return list(given), counts
+
+    def _labels_of_model(self, counts: Mapping[str, int]) -> list[str] | None:
+        """The classes that a model was trained for, in its order, where they are those of the data."""
+        if self._folder is None or not (self._folder / "config.json").is_file():
+            return None
+        known = json.loads((self._folder / "config.json").read_text()).get("id2label") or {}
+        names = [str(known[number]) for number in sorted(known, key=int)]
+        return names if set(counts) <= set(names) else None
 
     def named(self, label: Any) -> str:
         """The name of a class that a row gives by its name or, where `data.labels` names them, by its number."""
@@ -251,7 +260,7 @@ class Supervised(Recipe):
         return self._folder
 
     def new_head(self) -> bool:
-        return True
+        return not self.finished
 
     def adopt(self, model: PreTrainedModel) -> None:
         pass

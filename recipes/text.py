@@ -66,22 +66,24 @@ class TextTask(Supervised):
     def pads(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
 
-    def ids(self, texts: Sequence[str], pairs: Sequence[str] | None = None, **options: Any) -> Any:
+    def ids(self, texts: Sequence[str], pairs: Sequence[str] | None = None, whole: bool = False) -> Any:
         """What the tokenizer makes of texts (and second texts), with its special tokens, cut to `data.seq_length`.
+
+        whole: not cut.
 
         A tokenizer that adds none (one trained on the data, GPT-2's) gets the end-of-text token behind each text: a
         decoder's answer is read from the last token, an encoder's from the first, and both want one that sums up.
         """
-        length = self.cfg.data.seq_length
+        options: Any = {"truncation": True, "max_length": self.cfg.data.seq_length} if not whole else {"verbose": False}
         if self.tokenizer.num_special_tokens_to_add(pair=pairs is not None):
             given = (list(texts), list(pairs)) if pairs is not None else (list(texts),)
-            return self.tokenizer(*given, truncation=True, max_length=length, **options)
+            return self.tokenizer(*given, **options)
         end = self.tokenizer.eos_token or ""
         joined = [
             f"{end}{text}{end}{pairs[number]}{end}" if pairs is not None else f"{end}{text}{end}"
             for number, text in enumerate(texts)
         ]
-        return self.tokenizer(joined, truncation=True, max_length=length, **options)
+        return self.tokenizer(joined, **options)
 
     def encoded(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[Example]:
         """`input_ids` and `token_type_ids` of the text of each row, and of its `pair` where rows have one."""
@@ -90,8 +92,8 @@ class TextTask(Supervised):
         found = self.ids(texts, pairs)
         limit = self.cfg.data.seq_length
         if full := [number for number, ids in enumerate(found["input_ids"]) if len(ids) >= limit]:
-            long = [texts[n] + (f" {pairs[n]}" if pairs else "") for n in full]
-            lengths = [len(ids) for ids in self.tokenizer(long, verbose=False)["input_ids"]]
+            whole = self.ids([texts[n] for n in full], [pairs[n] for n in full] if pairs else None, whole=True)
+            lengths = [len(ids) for ids in whole["input_ids"]]
             self.overlong(lengths, [rows[n].where for n in full], problems, meter)
         kinds = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
         return [

@@ -15,6 +15,7 @@ from conf.errors import Problem, RequestError
 from conf.schema import DataConfig, ModelConfig, ParallelConfig
 from recipes.models.costs import idle_elements
 from recipes.models.layouts import problems
+from recipes.models.plans import token_table
 from recipes.models.stage_shape import Part, Traffic, divide_on_meta, parts, stage_plan
 
 if TYPE_CHECKING:
@@ -72,9 +73,15 @@ class ModelShape:
 
 
 def model_shape(
-    model: ModelConfig, data: DataConfig, precision: str, parallel: ParallelConfig | None = None
+    model: ModelConfig,
+    data: DataConfig,
+    precision: str,
+    parallel: ParallelConfig | None = None,
+    hf_class: Any = None,
 ) -> ModelShape:
     """The shape of the model that a configuration trains, at `data.seq_length` and the dtype of `precision`.
+
+    hf_class: the Auto class of the task; None: causal language models.
 
     Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make a causal LM of
     (model.*), for sequences longer than the model's positions (data.seq_length), and for a model that cannot be divided
@@ -84,7 +91,7 @@ def model_shape(
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    parallel = parallel or ParallelConfig()
+    hf_class, parallel = hf_class or AutoModelForCausalLM, parallel or ParallelConfig()
     config = _config(model, data)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -94,7 +101,7 @@ def model_shape(
     attention = _register_traced(model.attention, data.packing)
     try:
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(
+            network = hf_class.from_config(
                 config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=attention
             )
         network.tie_weights()
@@ -102,30 +109,31 @@ def model_shape(
         # A family with attention classes of its own (Falcon, GPT-J) cannot be traced.
         config = _config(model, data)  # the one above has the traced attention's name by now
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(
+            network = hf_class.from_config(
                 config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=model.attention
             )
     except (ValueError, TypeError, AttributeError) as error:
         raise RequestError(
-            Problem("model", config.model_type, f"transformers cannot build a causal LM of it: {_first_line(error)}")
+            Problem("model", config.model_type, f"transformers cannot build this model: {_first_line(error)}")
         ) from error
     if wrong := problems(network, parallel):
         raise RequestError(wrong)
     layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
     head = network.get_output_embeddings()
-    tied = head is not None and head.weight is network.get_input_embeddings().weight
+    table = token_table(network)
+    tied = head is not None and table is not None and head.weight is table.weight
     heads = getattr(text, "num_attention_heads", 0)
     whole = ModelShape(
         model_type=config.model_type,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding=_embedding(network),
         head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
-        layers=text.num_hidden_layers,
+        layers=getattr(text, "num_hidden_layers", len(layers)),
         layer_parameters=tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         tensors=tuple((name, tuple(parameter.shape)) for name, parameter in network.named_parameters()),
         tied=tied,
-        vocab=text.vocab_size,
-        hidden=text.hidden_size,
+        vocab=text.vocab_size if head is not None else 0,
+        hidden=getattr(text, "hidden_size", 0),
         intermediate=getattr(text, "intermediate_size", None),
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -155,7 +163,8 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     from recipes.models.build import package_folder, scratch_config
 
     if model.path is None:
-        vocabulary = {} if "vocab_size" in model.config else {"vocab_size": data.vocab_size or 4096}
+        wanted = "vocab_size" not in model.config and hasattr(AutoConfig.for_model(str(model.type)), "vocab_size")
+        vocabulary = {"vocab_size": data.vocab_size or 4096} if wanted else {}
         return scratch_config(str(model.type), {**model.config, **vocabulary})
 
     folder = package_folder(model.path) or model.path

@@ -1,0 +1,76 @@
+"""A saved model's metrics on held-out rows: `python launch/evaluate.py MODEL +recipe=NAME key=value … [out=FILE]`.
+
+MODEL is a run directory, its `model/`, another folder or a hub name; `out=` takes the predictions as JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+# Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from conf.errors import Problem, RequestError
+from launch.runtime.console import Terminal
+from launch.runtime.request import read_request, run_command
+
+COMMAND = "launch/evaluate.py"
+USAGE = f"{COMMAND} MODEL +recipe=NAME key=value … [out=predictions.jsonl]"
+
+
+def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(f"usage: {USAGE}\n\n{__doc__}")
+        return 0
+    models = [word for word in argv if "=" not in word and not word.startswith("-")]
+    if len(models) != 1:
+        raise RequestError(Problem("MODEL", " ".join(models), "one model is evaluated", USAGE))
+    path = Path(models[0]).expanduser()
+    model = str(path / "model") if (path / "model" / "config.json").is_file() else models[0]
+    given = [word for word in argv if word not in models]
+    # The run directory is neither read nor written: one that holds a run is no obstacle.
+    request = read_request([*given, "model=pretrained", f"model.path={model}", "overwrite=true"], COMMAND, {"out": ""})
+    out = Path(request.own["out"]) if request.own["out"] else None
+    if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
+        rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
+        raise RequestError(Problem("out", str(out), rule, "out=ANOTHER_FILE"))
+
+    import tempfile
+
+    import torch
+
+    from launch.runtime import processes
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.loop import held_out_batches
+    from launch.runtime.session import prepare
+    from launch.runtime.staged import make_engine
+
+    cfg, layout, ranks = request.cfg, request.layout, request.ranks
+    terminal = Terminal(ranks.first)
+    try:
+        processes.set_environment(ranks, request.device)
+        recipe = prepare(request, terminal)
+        recipe.finished = True
+        terminal.capture(Path(tempfile.mkdtemp()) / f"rank_{ranks.rank}.log")
+        device = processes.join(ranks, request.device, cfg.train.threads)
+        try:
+            engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, request.device), device, 1)
+            evaluation = engine.evaluate(held_out_batches(layout.place(ranks.rank).data, recipe, cfg, layout))
+            torch.distributed.barrier()
+        finally:
+            processes.leave()
+    finally:
+        terminal.release()
+    if ranks.first:
+        if out is not None:
+            rows = ({key: value for key, value in row.items() if key[0] != "_"} for row in evaluation.predictions)
+            out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(json.dumps(evaluation.metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
