@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from recipes.supervised import IGNORE, Supervised
 if TYPE_CHECKING:
     import torch
 
+PROCESSOR = "preprocessor_config.json"
 MEAN, STD = 0.5, 0.5
 """Of pixels in 0 to 1, for a new model; a pretrained one says its own."""
 
@@ -94,11 +96,9 @@ class ImageClassification(Supervised):
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) by channel."""
         channels = self._shape[1]
-        if self._folder and (self._folder / "preprocessor_config.json").exists():
-            from transformers import AutoImageProcessor
-
-            found = AutoImageProcessor.from_pretrained(self._folder)
-            return np.array(found.image_mean, np.float32), np.array(found.image_std, np.float32)
+        if self._folder and (self._folder / PROCESSOR).exists():
+            found = json.loads((self._folder / PROCESSOR).read_text())
+            return np.array(found["image_mean"], np.float32), np.array(found["image_std"], np.float32)
         return np.full(channels, MEAN, np.float32), np.full(channels, STD, np.float32)
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
@@ -160,12 +160,14 @@ class ImageClassification(Supervised):
         }
 
     def save_processor(self, folder: Path) -> None:
-        from transformers import ViTImageProcessor
-
         side, _ = self._shape
         mean, std = self._scale()
-        size = {"height": side, "width": side}
-        ViTImageProcessor(size=size, image_mean=mean.tolist(), image_std=std.tolist()).save_pretrained(folder)
+        settings = {
+            "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": side, "width": side},
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": mean.tolist(), "image_std": std.tolist(),
+        }  # fmt: skip
+        (folder / PROCESSOR).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 recipe = ImageClassification

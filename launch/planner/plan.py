@@ -23,11 +23,22 @@ from launch.planner.schedule import (
 
 
 def make_plan(
-    cfg: Config, layout: Layout, shape: ModelShape, engine: dict[str, Any], device: str, programs: Programs
+    cfg: Config,
+    layout: Layout,
+    shape: ModelShape,
+    engine: dict[str, Any],
+    device: str,
+    programs: Programs | None = None,
 ) -> dict[str, Any]:
-    """Everything that is known before a run: sizes in bytes, counts in elements, FLOPs per optimizer step."""
-    steps = cfg.batch.accumulation or 1
-    folded = programs(layout, steps) if layout.stages > layout.pipeline else None
+    """Everything that is known before a run: sizes in bytes, counts in elements, FLOPs per optimizer step.
+
+    programs: of folded pipelines; raises ValueError where the layout has one and they are not given.
+    """
+    steps, folded = cfg.batch.accumulation or 1, None
+    if layout.stages > layout.pipeline:
+        if programs is None:
+            raise ValueError(f"parallel.schedule={layout.schedule} is planned from the engine's programs")
+        folded = programs(layout, steps)
     stages = stage_plans(cfg, layout, shape, device, folded)
     costs = {
         stage: cost
