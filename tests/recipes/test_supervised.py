@@ -1,0 +1,141 @@
+"""What recipes of labelled examples share: order by length, labels, windows, special tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conf.errors import RequestError
+from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
+from recipes import recipe_class
+from recipes.data.examples import Shuffled
+
+
+class Lengths:
+    """Examples of which only the lengths matter."""
+
+    def __init__(self, lengths: np.ndarray):
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def row(self, index: int) -> dict[str, Any]:
+        return {"id": index}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_an_epoch_has_each_row_once_and_batches_of_similar_length(rows: int, batch: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 200, rows)
+    bucketed = Shuffled(Lengths(lengths), 0, batch, lengths)  # type: ignore[arg-type]
+    plain = Shuffled(Lengths(lengths), 0, batch, None)  # type: ignore[arg-type]
+    for order in (bucketed, plain):
+        for epoch in (0, 1):
+            found = [order.locate(index) for index in range(epoch * rows, (epoch + 1) * rows)]
+            assert sorted(found) == list(range(rows))
+    assert rows < 64 or [bucketed.locate(i) for i in range(rows)] != [bucketed.locate(rows + i) for i in range(rows)]
+
+    def padding(order: Shuffled) -> int:
+        parts = [[lengths[order.locate(i)] for i in range(at, min(at + batch, rows))] for at in range(0, rows, batch)]
+        return sum(max(part) * len(part) - sum(part) for part in parts)
+
+    if rows == 1000 and batch == 8:
+        assert padding(bucketed) < 0.2 * padding(plain)
+
+
+def config(tmp_path: Path, task: str, rows: list[dict[str, Any]], **data: Any) -> Config:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bert = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {"seq_length": 32, "vocab_size": 300, "held_out": 0.25, "kind": "jsonl", **data}
+    return Config(
+        task=task,
+        model=ModelConfig(type="bert", config={**bert, "max_position_embeddings": 64}),
+        data=DataConfig(path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), **settings),
+        batch=BatchConfig(4, 4, 1),
+    )
+
+
+def prepared(cfg: Config) -> Any:
+    recipe = recipe_class(cfg.task)(cfg)
+    assert recipe.check() == []
+    recipe.prepare()
+    return recipe
+
+
+def test_classes_by_name_and_by_number(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 3} for n in range(24)]
+    assert prepared(config(tmp_path, "sequence_classification", rows)).labels == ["0", "1", "2"]
+    named = prepared(config(tmp_path, "sequence_classification", rows, labels=["low", "mid", "high"]))
+    first = named.held_out.row(0)
+    assert named.labels[first["labels"][0]] == ["low", "mid", "high"][0]
+    numbers = [{"text": "x", "label": str(n)} for n in (10, 9, 2, 10, 9, 2, 10, 9)]
+    assert prepared(config(tmp_path, "sequence_classification", numbers)).labels == ["2", "9", "10"]
+
+
+def test_several_classes_of_a_row(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": [c for c in "abc" if (n >> "abc".index(c)) & 1]} for n in range(16)]
+    recipe = prepared(config(tmp_path, "sequence_classification", rows, multi_label=True))
+    batch = recipe.collate([recipe.train.row(i) for i in range(3)], 4)
+    assert batch["labels"].shape == (4, 3) and (batch["labels"][3] == -100).all()
+    assert recipe.count(batch)[0] == 3
+    logits = np.where(batch["labels"] > 0, 1.0, -1.0)
+    found = recipe.predictions(batch, {"logits": logits})
+    assert len(found) == 3 and recipe.scores(found)["accuracy"] == 1.0
+
+
+def test_pairs_have_an_end_between_them(tmp_path: Path) -> None:
+    rows = [{"text": f"one {n}", "other": f"two {n}", "label": n % 2} for n in range(16)]
+    recipe = prepared(config(tmp_path, "sequence_classification", rows, pair="other"))
+    ids = recipe.held_out.row(0)["input_ids"]
+    assert (ids == recipe.tokenizer.eos_token_id).sum() == 3
+
+
+def test_tokens_without_pieces_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"tokens": ["alpha", "beta", "gamma"][: 1 + n % 3], "tags": ["A", "B", "A"][: 1 + n % 3]} for n in range(16)
+    ]
+    recipe = prepared(config(tmp_path, "token_classification", rows, seq_length=8))
+    row = recipe.held_out.row(0)
+    assert len(row["tags"]) == (row["tokens"] >= 0).sum() == (row["labels"] >= 0).sum()
+    batch = recipe.collate([row], 2)
+    (found,) = recipe.predictions(batch, {"classes": np.maximum(batch["labels"], 0)})
+    assert found["prediction"] == found["label"]
+
+
+def test_windows_find_an_answer_behind_the_first_one(tmp_path: Path) -> None:
+    context = " ".join(f"word{n}" for n in range(60)) + " needle " + " ".join(f"more{n}" for n in range(20))
+    answer = {"text": ["needle"], "answer_start": [context.index("needle")]}
+    rows = [{"question": "which?", "context": context, "answers": answer} for _ in range(8)]
+    recipe = prepared(config(tmp_path, "question_answering", rows, seq_length=64, stride=8))
+    windows = [recipe.held_out.row(index) for index in range(len(recipe.held_out))]
+    inside = [row for row in windows if row["labels"][0] > 0]
+    assert inside and len(windows) > 3
+    spans = inside[0]["spans"].reshape(-1, 2)
+    start, stop = spans[inside[0]["labels"][0], 0], spans[inside[0]["labels"][1], 1]
+    assert context[start:stop].strip() == "needle"
+    parts = [
+        {"id": n, "question": "q", "prediction": text, "label": ["needle"], "_score": score, "_none": 0.0}
+        for n, (text, score) in enumerate([("straw", 1.0), ("needle", 5.0)])
+    ]
+    assert [row["prediction"] for row in recipe.merged(parts)] == ["needle"]
+
+
+def test_a_long_question_is_refused(tmp_path: Path) -> None:
+    answer = {"text": ["b"], "answer_start": [2]}
+    rows = [{"question": "why " * 40, "context": "a b c", "answers": answer} for _ in range(8)]
+    with pytest.raises(RequestError, match="question alone"):
+        prepared(config(tmp_path, "question_answering", rows))
+
+
+def test_damaged_examples_are_made_again(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(16)]
+    cfg = config(tmp_path, "sequence_classification", rows)
+    before = prepared(cfg).held_out.row(0)["input_ids"].tolist()
+    (file,) = (tmp_path / "cache").glob("examples-*/held_out.input_ids")
+    file.write_bytes(b"")
+    assert prepared(cfg).held_out.row(0)["input_ids"].tolist() == before
