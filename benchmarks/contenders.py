@@ -295,7 +295,7 @@ def whole_model(job: Job, precision: str) -> Any:
         precision=replace(job.cfg.precision, name=precision),
         parallel=ParallelConfig(),
     )
-    return build(job.recipe, plain, {}, job.device, topology(Layout(1, 1), 0)).model.to(job.device)
+    return build(job.recipe, plain, {}, job.device, topology(Layout(1, 1), 0))[0].model.to(job.device)
 
 
 def inputs(tensors: dict[str, Any]) -> dict[str, Any]:

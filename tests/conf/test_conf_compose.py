@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from conf.compose import compose, hydra_passthrough, list_recipes, to_yaml
 from conf.errors import RequestError
+from conf.overrides import CONF_DIR
 from conf.schema import Config, SourceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,8 @@ def test_yaml_holds_everything():
 
 def test_every_recipe_is_listed_with_a_description():
     names = [name for name, description in list_recipes() if description]
-    assert names == ["finetune_causal_lm", "pretrain_gpt2", "pretrain_llama", "quickstart"]
+    assert names == sorted(file.stem for file in (CONF_DIR / "recipe").glob("*.yaml"))
+    assert {"finetune_causal_lm", "pretrain_gpt2", "pretrain_llama", "quickstart", "sst2"} <= set(names)
 
 
 def test_without_a_recipe_they_are_listed():

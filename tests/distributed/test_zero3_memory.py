@@ -63,7 +63,7 @@ def build_peak(rank: int, world: int, folder: Path | None) -> tuple[float, dict]
     watcher = threading.Thread(target=watch)
     watcher.start()
     engine_config, cpu = ds_config(recipe.cfg, layout, "cpu"), torch.device("cpu")
-    model = build(recipe, recipe.cfg, engine_config, cpu, topology(layout, rank)).model
+    model = build(recipe, recipe.cfg, engine_config, cpu, topology(layout, rank))[0].model
     done.set()
     watcher.join()
     whole = sum(p.ds_numel for p in model.parameters()) * 4
