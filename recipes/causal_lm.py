@@ -87,15 +87,13 @@ class CausalLM(Recipe):
         return self._folder
 
     def adopt(self, model: PreTrainedModel) -> None:
-        from torch import nn
-
-        from recipes.models.loss import head_is_last
-        from recipes.models.packed import keeps_documents_apart
+        from recipes.models.attention import check_causal, keeps_documents_apart
+        from recipes.models.loss import TokenLoss
 
         device = next(model.parameters()).device
-        self._head = model.get_output_embeddings()
-        self._fused = self.cfg.train.fused_loss and isinstance(self._head, nn.Linear)
-        self._head_is_last = self._fused and head_is_last(model, model.config.get_text_config().vocab_size, device)
+        if problems := check_causal(model, device):
+            raise RequestError(problems)
+        self._loss = TokenLoss(model, self.cfg.train.fused_loss)
         if self.cfg.data.packing == "documents" and not keeps_documents_apart(model, device):
             raise RequestError(
                 Problem(
@@ -135,28 +133,7 @@ class CausalLM(Recipe):
         return {**{name: batch[name] for name in names if name in batch}, "use_cache": False}
 
     def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        from torch.nn import functional as F
-
-        from recipes.models.loss import IGNORE, cross_entropy, linear_cross_entropy, replaced_forward
-
-        labels = batch["labels"]
-        inputs = self.inputs(batch)
-        if not self._fused:
-            logits = model(**inputs).logits
-            return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        supervised = labels != IGNORE
-        targets, head = labels[supervised], self._head
-        if self._head_is_last:
-            vocabulary = getattr(head, "vocabulary_shard", None)
-
-            def loss_in_head(hidden: torch.Tensor) -> torch.Tensor:
-                return linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets, vocabulary)
-
-            with replaced_forward(head, loss_in_head):
-                return model(**inputs).logits
-        logits_of = head.forward
-        with replaced_forward(head, lambda hidden: logits_of(hidden[supervised][None])):
-            return cross_entropy(model(**inputs).logits[0], targets)
+        return self._loss(model, self.inputs(batch), batch["labels"])
 
     def metrics(self, loss: float, supervised: int, predictions: Sequence[Prediction] = ()) -> dict[str, float]:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_token": loss / NATS_PER_BIT}

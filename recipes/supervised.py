@@ -49,8 +49,10 @@ class Supervised(Recipe):
     """Keys of `data` that this task reads besides the general ones."""
     ARRAYS: ClassVar[Mapping[str, str]] = {}
     """Arrays of an example → their dtype on disk."""
-    LENGTH: ClassVar[str | None] = None
-    """The array whose lengths are made similar within a batch."""
+    LENGTHS: ClassVar[tuple[str, ...]] = ()
+    """The arrays whose lengths, added up, are made similar within a batch."""
+    UNUSED: ClassVar[tuple[str, ...]] = ("data.packing", "train.fused_loss", "eval.prompt")
+    """Keys that only other tasks use."""
     labels: list[str]
     """Names of the classes, in the order of their numbers; empty where there are none."""
 
@@ -105,12 +107,13 @@ class Supervised(Recipe):
         if cfg.parallel.sequence > 1:
             rule = f"sequences of {cfg.task} are not divided"
             yield Problem("parallel.sequence", str(cfg.parallel.sequence), rule, "parallel.sequence=1")
-        for section, name in ((cfg.data, "packing"), (cfg.train, "fused_loss"), (cfg.eval, "prompt")):
+        for key in self.UNUSED:
+            group, _, name = key.partition(".")
+            section = getattr(cfg, group)
             if changed(section, name):
-                key = f"{'data' if section is cfg.data else 'train' if section is cfg.train else 'eval'}.{name}"
                 default = next(field.default for field in fields(section) if field.name == name)
-                nearest = f"{key}={shown(default)}"
-                yield Problem(key, shown(getattr(section, name)), f"{cfg.task} does not use it", nearest)
+                rule = f"{cfg.task} does not use it"
+                yield Problem(key, shown(getattr(section, name)), rule, f"{key}={shown(default)}")
 
     def source(self) -> Source:
         """Where the rows come from."""
@@ -149,7 +152,7 @@ class Supervised(Recipe):
                 rule = f"the {split.replace('_', '-')} split has no rows"
                 raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
         train = Examples(store, "train", self.ARRAYS)
-        lengths = train.lengths(self.LENGTH) if self.LENGTH and data.bucketing else None
+        lengths = np.sum([*map(train.lengths, self.LENGTHS)], axis=0) if self.LENGTHS and data.bucketing else None
         self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], lengths)
         self.held_out = Examples(store, "held_out", self.ARRAYS)
         if problems := self.check_model() + self._check_size():

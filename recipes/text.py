@@ -12,7 +12,7 @@ import numpy as np
 from conf.errors import Problem
 from recipes.base import Progress
 from recipes.data.examples import Example
-from recipes.data.packing import MULTIPLE
+from recipes.data.packing import round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.supervised import Supervised
@@ -30,7 +30,7 @@ class TextTask(Supervised):
     PADDED: ClassVar[Mapping[str, int]] = {}
     """Arrays of one value per token besides the inputs, and what they are padded with."""
     ARRAYS = {"input_ids": "int32", "token_type_ids": "int8"}  # noqa: RUF012 - never changed
-    LENGTH = "input_ids"
+    LENGTHS: ClassVar[tuple[str, ...]] = ("input_ids",)
     tokenizer: PreTrainedTokenizerBase
 
     @abstractmethod
@@ -125,7 +125,7 @@ class TextTask(Supervised):
         from recipes.models.build import check_text
 
         problems = super().check_model()
-        return problems or check_text(self.model_config(), self.tokenizer, self.cfg.data.seq_length)
+        return problems or check_text(self.model_config(), self.tokenizer, self.row_length())
 
     def width(self, batch: Mapping[str, np.ndarray]) -> int:
         return batch["input_ids"].shape[1]
@@ -141,7 +141,7 @@ class TextTask(Supervised):
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         longest = max((len(row["input_ids"]) for row in rows), default=1)
-        width = min(-(-longest // MULTIPLE) * MULTIPLE, max(longest, self.cfg.data.seq_length))
+        width = min(round_up(longest), max(longest, self.row_length()))
         batch: dict[str, np.ndarray] = {}
         names = ["input_ids", *self.PADDED]
         if "token_type_ids" in self.tokenizer.model_input_names:

@@ -19,12 +19,20 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 IGNORE = -100
 MULTIPLE = 8
 """Lengths of unpacked sequences are rounded up to this: matrix products like it."""
+
+
+def round_up(length: Any) -> Any:
+    """The next multiple of MULTIPLE, of one length or an array of them."""
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
 Row = dict[str, np.ndarray]
 """input_ids, labels, position_ids: each (T,) int64; attended: (T,) bool, False on padding."""
 
@@ -199,7 +207,7 @@ class SequenceSet:
 def widths(real: np.ndarray, seq_length: int, mode: str) -> np.ndarray:
     """(sequences,) lengths with padding of sequences of `real` tokens: `seq_length`, or unpacked a multiple of 8."""
     if mode == "none":
-        return np.minimum(-(-real // MULTIPLE) * MULTIPLE, seq_length)
+        return np.minimum(round_up(real), seq_length)
     return np.full(len(real), seq_length)
 
 

@@ -8,8 +8,9 @@ while the chunk is at hand (the softmax minus one-hot, Bishop 2006, eq. 4.109), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -186,14 +187,52 @@ def replaced_forward(module: nn.Module, forward) -> Iterator[None]:
 def head_is_last(model: PreTrainedModel, vocabulary: int, device: torch.device) -> bool:
     """Whether the model returns its head's output untouched, so that the loss may take the head's place.
 
-    Some families scale or cap the logits afterwards (`logit_scale`, `final_logit_softcapping`, …). Rather than a list
-    of them: the head answers with known numbers, and the model must hand just those back.
+    Some families scale or cap the logits afterwards (`logit_scale`, `final_logit_softcapping`, …), or add a bias of
+    zeros to them (BART). Rather than a list of them: the head answers with known numbers, and with a single one in the
+    place of a loss, and the model must hand just those back.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return False
-    known = torch.linspace(-3.0, 3.0, vocabulary, device=device).view(1, 1, vocabulary)
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
-    with torch.no_grad(), replaced_forward(head, lambda hidden: known.to(hidden.dtype)):
-        answer = model(input_ids=token, use_cache=False).logits
-    return answer.shape == known.shape and torch.equal(answer.float(), known.to(answer.dtype).float())
+    inputs = {"input_ids": token} | ({"decoder_input_ids": token} if model.config.is_encoder_decoder else {})
+    known = torch.linspace(-3.0, 3.0, vocabulary, device=device).view(1, 1, vocabulary)
+    for numbers in (known, known[0, 0, 0]):
+        with torch.no_grad(), replaced_forward(head, lambda hidden, n=numbers: n.to(hidden.dtype)):
+            answer = model(**inputs, use_cache=False).logits
+        if answer.shape != numbers.shape or not torch.equal(answer.float(), numbers.to(answer.dtype).float()):
+            return False
+    return True
+
+
+class TokenLoss:
+    """The summed cross-entropy of a model with a language-model head, at supervised positions only.
+
+    The head becomes part of the loss where the model returns the head's output untouched.
+    """
+
+    def __init__(self, model: PreTrainedModel, fused: bool):
+        """fused: take the head into the loss; else logits of all positions, as torch has it."""
+        self._head = model.get_output_embeddings()
+        self._fused = fused and isinstance(self._head, nn.Linear)
+        device = next(model.parameters()).device
+        self._head_is_last = self._fused and head_is_last(model, model.config.get_text_config().vocab_size, device)
+
+    def __call__(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """The loss of `model(**inputs)`; labels (B, W) say what follows each position, or IGNORE."""
+        if not self._fused:
+            logits = model(**inputs).logits.float().flatten(0, 1)
+            return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        supervised = labels != IGNORE
+        targets, head = labels[supervised], self._head
+        if self._head_is_last:
+            vocabulary = getattr(head, "vocabulary_shard", None)
+
+            def loss_in_head(hidden: torch.Tensor) -> torch.Tensor:
+                return linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets, vocabulary)
+
+            with replaced_forward(head, loss_in_head):
+                return model(**inputs).logits
+        logits_of = head.forward
+        with replaced_forward(head, lambda hidden: logits_of(hidden[supervised][None])):
+            return cross_entropy(model(**inputs).logits[0], targets)

@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conf.errors import Problem, RequestError
 from conf.schema import ModelConfig
 from recipes.base import Progress
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CONVERT = """
 import sys
@@ -37,6 +41,23 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     if not folder.is_dir():
         folder = _from_hub(model.path)
     return _from_gguf(folder, model.gguf_file, progress) if model.gguf_file else folder
+
+
+def pretrained_config(model: ModelConfig) -> PretrainedConfig:
+    """The configuration of `model.path`, without its weights. Raises RequestError when there is none."""
+    from transformers import AutoConfig
+
+    from recipes.models.build import package_folder
+
+    assert model.path is not None  # the caller asks only then
+    folder = package_folder(model.path) or model.path
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        rule = f"no model configuration there: {reason}"
+        raise RequestError(Problem("model.path", model.path, rule, "a local folder or package:NAME")) from error
 
 
 def _from_hub(name: str) -> Path:

@@ -160,20 +160,15 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     """The transformers configuration; a new model without a vocabulary gets that of the tokenizer to be trained."""
     from transformers import AutoConfig
 
-    from recipes.models.build import package_folder, scratch_config
+    from recipes.models.build import scratch_config
+    from recipes.models.pretrained import pretrained_config
 
     if model.path is None:
         wanted = "vocab_size" not in model.config and hasattr(AutoConfig.for_model(str(model.type)), "vocab_size")
         vocabulary = {"vocab_size": data.vocab_size or 4096} if wanted else {}
         return scratch_config(str(model.type), {**model.config, **vocabulary})
 
-    folder = package_folder(model.path) or model.path
-    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        rule = f"no model configuration there: {_first_line(error)}"
-        raise RequestError(Problem("model.path", model.path, rule, "a local folder or package:NAME")) from error
+    config = pretrained_config(model)
     config.use_cache = False
     return config
 

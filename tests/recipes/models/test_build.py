@@ -8,8 +8,8 @@ import torch
 from tiny import TinyCausalLM, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from recipes.models.attention import keeps_documents_apart
 from recipes.models.build import blocks, checkpoint_layers, from_scratch
-from recipes.models.packed import keeps_documents_apart
 
 SHAPE = {
     "hidden_size": 64,
