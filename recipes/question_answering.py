@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LONGEST_ANSWER = 30
 """Tokens of a predicted answer at most."""
 NO_ANSWER = "no answer"
+KINDS_OF_VALUE = {str: "texts", int: "numbers"}
 
 
 class QuestionAnswering(TextTask):
@@ -55,8 +56,15 @@ class QuestionAnswering(TextTask):
         if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
             rule = f"column '{columns['answers']}' must be an object with lists text and answer_start"
             return [*problems, Problem(where, repr(answers)[:60], rule)]
+        texts, starts = answers["text"], answers["answer_start"]
+        for name, values, kind in (("text", texts, str), ("answer_start", starts, int)):
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+                rule = f"{name} in column '{columns['answers']}' must be a list of {KINDS_OF_VALUE[kind]}"
+                return [*problems, Problem(where, repr(values)[:60], rule)]
+        if len(texts) != len(starts):
+            return [*problems, Problem(where, "", f"{len(texts)} answers, {len(starts)} values of answer_start")]
         found = []
-        for text, start in zip(answers["text"], answers["answer_start"], strict=False):
+        for text, start in zip(texts, starts, strict=True):
             stands = content["context"][start : start + len(text)] if not problems else text
             if stands != text:
                 rule = f"the answer is not at character {start}, where it says {stands!r}"

@@ -50,7 +50,7 @@ class HubSource(Source):
             columns = list(
                 dict.fromkeys(c if c in names else c.partition(".")[0] for c in self.fields.columns.values())
             )
-            records = _records(split.select_columns(columns).with_format("arrow"), meter)
+            records = _records(split.select_columns(columns), meter)
             for number, content in good_rows(records, origin, self.fields, problems, meter):
                 aside = held_out_row(index, self.held_out) if len(splits) == 1 else held_out
                 yield Row(f"{origin}:{number}", aside, content)
@@ -89,12 +89,27 @@ class HubSource(Source):
 
 
 def _records(split: Any, meter: Meter) -> Iterator[Record]:
+    classes = {column: names for column, feature in split.features.items() if (names := _class_names(feature))}
     number = 0
-    for table in split.iter(batch_size=1024):
+    for table in split.with_format("arrow").iter(batch_size=1024):
         for record in table.to_pylist():
             number += 1
+            for column, names in classes.items():
+                record[column] = _named(record[column], names)
             yield number, record
         meter.done += table.num_rows
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of the classes of a column of classes, or of lists of them."""
+    return getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """The name of a class; None for -1, which stands for a label that is not given away."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    return names[value] if value is not None and value >= 0 else None
 
 
 def _first_line(error: BaseException) -> str:

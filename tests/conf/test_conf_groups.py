@@ -29,9 +29,10 @@ NEEDS = {
     **{f"data={kind}": ["data.path=notes.txt"] for kind in ("conll", "squad", "lines", "idx", "images")},
     **{
         f"+recipe={name}": ["model.path=owner/name", "data.path=notes.txt"]
-        for name in ("finetune_causal_lm", "sst2", "wnut17", "squad")
+        for name in ("finetune_causal_lm", "sst2", "wnut17", "squad", "conll2003")
     },
-    "+recipe=multi30k": ["data.path=notes.txt", "data.target_path=notes.txt"],
+    **{f"+recipe={name}": ["model.path=owner/name"] for name in ("ag_news", "financial_phrases", "squad_v2", "wmt14")},
+    **{f"+recipe={name}": ["data.path=notes.txt", "data.target_path=notes.txt"] for name in ("multi30k", "mnist")},
 }
 MACHINES = {"precision=fp16": CPU_FP16, "optimizer=lamb": GPU, "zero=stage3_nvme": CPU_AIO, "zero=stage3_plus": GPU}
 

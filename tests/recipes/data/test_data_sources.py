@@ -13,7 +13,7 @@ import pytest
 from conf.errors import RequestError
 from conf.schema import DataConfig, SourceConfig
 from recipes.data.readers import read_python
-from recipes.data.rows import MAX_PROBLEMS, Meter, Problems
+from recipes.data.rows import MAX_PROBLEMS, Fields, Meter, Problems
 from recipes.data.sources import check, held_out_files, held_out_row, open_sources, rows
 
 
@@ -142,6 +142,25 @@ def test_hub_reads_what_datasets_reads(write, config, tmp_path, monkeypatch):
     assert "data.text=txt" in wrong and "try: data.text=text" in wrong
     wrong = refused(config(kind="hub", name=name, subset="nothing"))
     assert "data.subset=nothing" in wrong
+
+
+def test_hub_names_the_classes_of_columns_of_classes(config, tmp_path, monkeypatch):
+    """Also in lists; a hidden label (-1) is none."""
+    import datasets
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    from recipes.data.hub import HubSource
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    tag = ClassLabel(names=["O", "B-PER"])
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"]), "tags": List(tag)})
+    rows = {"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], [1]]}
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
+    fields = Fields({"label": "label", "tags": "tags"}, lambda content, where, columns: [], lambda content: False)
+    source = HubSource(config(kind="hub", name=str(tmp_path / "set")), "data", 0.5, None, fields)
+    found = [row.content for row in source.read(Problems(), Meter())]
+    assert found == [{"label": "pos", "tags": ["O", "B-PER"]}, {"label": None, "tags": ["B-PER"]}]
 
 
 def test_hub_without_network_says_what_to_do(config, monkeypatch):
