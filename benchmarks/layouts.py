@@ -7,22 +7,16 @@ A layout is data×tensor×pipeline×sequence. The other arguments are overrides 
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
-import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.overhead import commit, processor
+from benchmarks.report import publish, run, setting, table, trained
 from conf.errors import Problem, RequestError
-from launch.runtime.processes import free_port
 from launch.runtime.request import split_arguments
 
 LAYOUTS = "1x1x1x1,2x1x1x1,1x2x1x1,1x1x2x1,1x1x1x2,2x1x2x1,1x2x2x1,2x2x1x1,1x1x2x2,2x2x2x1"
@@ -32,17 +26,12 @@ OWN = {"steps": "4", "layouts": LAYOUTS, "zero": "1", "out": ""}
 def train(layout: tuple[int, ...], steps: int, zero: str, overrides: list[str], folder: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl of one run."""
     data, tensor, pipeline, sequence = layout
-    ranks = data * tensor * pipeline * sequence
     run_dir = folder / "x".join(map(str, layout))
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-        str(ROOT / "launch/train.py"), "+recipe=quickstart", f"train.steps={steps}", "scheduler.warmup_steps=0",
-        f"zero=stage{zero}", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
-        f"parallel.sequence={sequence}", f"run_dir={run_dir}", "eval.new_tokens=1", *overrides,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    trained(
+        data * tensor * pipeline * sequence, run_dir, "+recipe=quickstart", f"train.steps={steps}",
+        "scheduler.warmup_steps=0", f"zero=stage{zero}", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
+        f"parallel.sequence={sequence}", "eval.new_tokens=1", *overrides,
+    )  # fmt: skip
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -71,34 +60,17 @@ def main(argv: list[str]) -> int:
         raise RequestError(Problem("layouts, steps", f"{own['layouts']} {own['steps']}", rule, LAYOUTS)) from None
     head = ["data × tensor × pipeline × sequence", "first loss", f"loss, step {steps}", "first gradient norm",
             "held-out loss", "peak MiB of a rank", "to the first", "bubble"]  # fmt: skip
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-    alone = 0
+    rows, alone = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for layout in layouts:
             metrics = train(layout, steps, own["zero"], overrides, Path(folder))
             alone = alone or metrics[-2]["peak_memory_bytes"]
             rows.append(row(layout, metrics, alone))
             print(" | ".join(rows[-1]), file=sys.stderr)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    text = "\n".join(
-        [
-            f"`{' '.join(['python benchmarks/layouts.py', *argv])}`",
-            f"({processor()}; {packages}, Python {platform.python_version()}; commit {commit()}, "
-            f"{datetime.date.today()})",
-            "",
-            *("| " + " | ".join(cells) + " |" for cells in rows),
-        ]
-    )
-    print(text)
-    if own["out"]:
-        Path(own["out"]).write_text(text + "\n")
+    command = f"`{' '.join(['python benchmarks/layouts.py', *argv])}`"
+    publish([command, f"({setting()})", "", *table(head, rows)], own["out"])
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except RequestError as error:
-        print(error.render(), file=sys.stderr)
-        code = 2
-    raise SystemExit(code)
+    run(main)

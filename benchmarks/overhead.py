@@ -9,29 +9,24 @@ each, round after round, so that noise hits all alike. benchmarks/README.md tell
 
 from __future__ import annotations
 
-import datetime
 import multiprocessing
 import os
-import platform
-import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.contenders import LOOPS, HalfSupervised, Job, Pause, held_out_batch
+from benchmarks.report import processor, publish, run, setting
 from conf.batch import Layout, batch_line
 from conf.compose import compose
 from conf.environment import detect
@@ -264,41 +259,16 @@ def check_same_work(part: str, results: dict[str, Result], precision: str) -> No
             raise SystemExit(f"error: {contender.name} ends at loss {loss:.4f}, {contender.against} at {other:.4f}")
 
 
-def processor() -> str:
-    """Name and usable cores of this machine's processor."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{found.group(1) if found else platform.processor() or platform.machine()}, {cores} cores"
-
-
-def commit() -> str:
-    """What is measured: the commit, and whether files differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
-
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return git("rev-parse", "--short", "HEAD") + changed
-
-
-def setting(cfg: Config, options: dict[str, str], argv: list[str], device: str | None) -> str:
+def heading(cfg: Config, options: dict[str, str], argv: list[str], device: str | None) -> list[str]:
     """What a reader must know to judge the numbers: command, machine, versions, commit, date."""
     layout = Layout.of(int(options["ranks"]), cfg.parallel)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     turns = f"{options['starts']} starts × {options['rounds']} rounds × {options['steps']} steps"
-    return "\n".join(
-        [
-            f"`{' '.join(['python benchmarks/overhead.py', *argv])}`",
-            "",
-            f"- {options['model']}, {cfg.precision.name}, ZeRO-{cfg.zero.stage}, {batch_line(cfg.batch, layout)}, "
-            f"{cfg.data.seq_length} tokens each; {turns}",
-            f"- {device + ', ' if device else ''}{processor()}; {layout.world} ranks × "
-            f"{os.environ['OMP_NUM_THREADS']} threads",
-            f"- {packages}, Python {platform.python_version()}, {platform.system()}",
-            f"- commit {commit()}, {datetime.date.today()}",
-        ]
-    )
+    return [
+        f"`{' '.join(['python benchmarks/overhead.py', *argv])}`",
+        f"{options['model']}, {cfg.precision.name}, ZeRO-{cfg.zero.stage}, {batch_line(cfg.batch, layout)}, "
+        f"{cfg.data.seq_length} tokens each; {turns}; {layout.world} ranks × {os.environ['OMP_NUM_THREADS']} threads",
+        setting(machine=f"{device + ', ' if device else ''}{processor()}"),
+    ]
 
 
 def check_options(options: dict[str, str]) -> None:
@@ -342,21 +312,12 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(scratch)
     device = next(iter(results[parts[0]].values())).end["device"]
-    text = "\n\n".join(
-        [setting(cfg, options, argv, device), *(table(part, results[part], cfg, world) for part in parts)]
-    )
-    print(text)
-    if options["out"]:
-        Path(options["out"]).write_text(text + "\n")
+    paragraphs = [*heading(cfg, options, argv, device), *(table(part, results[part], cfg, world) for part in parts)]
+    publish("\n\n".join(paragraphs).splitlines(), options["out"])
     for part in parts:
         check_same_work(part, results[part], cfg.precision.name)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except RequestError as error:
-        print(error.render(), file=sys.stderr)
-        code = 2
-    raise SystemExit(code)
+    run(main)

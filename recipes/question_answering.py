@@ -73,9 +73,6 @@ class QuestionAnswering(TextTask):
         content["answers"] = found
         return problems
 
-    def is_empty(self, content: dict[str, Any]) -> bool:
-        return not content["question"].strip() or not content["context"].strip()
-
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         if not content["answers"]:
             yield NO_ANSWER

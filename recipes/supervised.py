@@ -69,8 +69,8 @@ class Supervised(Recipe):
         return check_content(content, where, columns)
 
     def is_empty(self, content: dict[str, Any]) -> bool:
-        """Whether there is nothing to learn in a row."""
-        return not all(content.values())
+        """Whether there is nothing to learn in a row; a blank text by default."""
+        return any(isinstance(value, str) and not value.strip() for value in content.values())
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:

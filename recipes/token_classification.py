@@ -48,6 +48,9 @@ class TokenClassification(TextTask):
             return [Problem(where, "", rule, "one tag for each token")]
         return []
 
+    def is_empty(self, content: dict[str, Any]) -> bool:
+        return not content["tokens"]
+
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         yield from map(self.named, content["tags"])
 

@@ -55,9 +55,6 @@ class Translation(TextTask):
         data = self.cfg.data
         return {"source": data.source or "source", "target": data.target or "target"}
 
-    def is_empty(self, content: dict[str, Any]) -> bool:
-        return not content["source"].strip() or not content["target"].strip()
-
     def texts(self, content: dict[str, Any]) -> Iterator[str]:
         yield content["source"]
         yield content["target"]

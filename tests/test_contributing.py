@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     house = tmp_path_factory.mktemp("house")
     for room in ("conf", "recipes", "launch"):
         shutil.copytree(ROOT / room, house / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ("conf/recipe/pretrain_notes.yaml", "conf/data/questions.yaml", "recipes/focal_lm.py"):
+    for path in ("conf/recipe/pretrain_notes.yaml", "conf/data/questions.yaml", "recipes/multiple_choice.py"):
         (house / path).write_text(EXAMPLES[path])
     rules = house / "conf/rules_run.py"
     rules.write_text(
@@ -83,10 +84,20 @@ def test_the_rule_and_its_case(house: Path) -> None:
 
 @pytest.mark.slow
 def test_the_task_trains(house: Path, tmp_path: Path) -> None:
-    request = ["+recipe=pretrain_notes", "task=focal_lm", "data.path=notes/*.md", "data.vocab_size=300", *SMALL]
-    request += ["train.epochs=null", "train.steps=3", "scheduler.warmup_steps=1"]
+    """Which answer names the number of the question: easy to learn, and chance is a third."""
+    draw = random.Random(0)
+    with (tmp_path / "choices.jsonl").open("w") as file:
+        for _ in range(200):
+            number, *others = draw.sample(range(9), 3)
+            answers = [f"It is {one}." for one in sorted([number, *others])]
+            row = {"question": f"Which is {number}?", "answers": answers, "label": answers.index(f"It is {number}.")}
+            file.write(json.dumps(row) + "\n")
+    request = ["+recipe=classify_packages", "task=multiple_choice", "data=jsonl", f"data.path={tmp_path}/choices.jsonl"]
+    request += ["data.vocab_size=300", "train.epochs=null", "train.steps=40", "scheduler.warmup_steps=2"]
+    request += ["model.config.hidden_size=64", "model.config.intermediate_size=128", "model.config.num_hidden_layers=2"]
     done = run([sys.executable, house / "launch" / "train.py", *request], house, environment(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    training, held_out = rows(house / "runs" / "pretrain_notes")
-    assert len(training) == 3 and held_out[-1]["loss"] < held_out[0]["loss"]
-    assert "perplexity" not in held_out[0], "the metrics are not those of the new task"
+    training, held_out = rows(house / "runs" / "classify_packages")
+    assert len(training) == 40 and held_out[-1]["loss"] < held_out[0]["loss"]
+    assert held_out[-1]["accuracy"] > 0.5
+    assert "empty rows" not in done.stdout, "a label of 0 is not an empty row"

@@ -8,11 +8,9 @@ Exit code 1 when a gradient, norm or loss of any case is off by more than 1e-5.
 # ruff: noqa: E402 - started as a script, it first puts the suite on sys.path
 from __future__ import annotations
 
-import datetime
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +20,7 @@ import conftest  # noqa: F401 - the suite's settings: CPU, one thread
 from layouts import Case, errors, matrix, train
 from ranks import run_ranks
 
-from benchmarks.overhead import commit, processor
+from benchmarks.report import setting
 
 RELATIVE = 1e-5
 AT_ONCE = 24
@@ -64,7 +62,6 @@ def main(every: int) -> int:
 
 
 def document(rows: dict, count: int, every: int) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     which = "" if every == 1 else f" (one in {every} of them: `every={every}`)"
     lines = [
         "# The parity matrix",
@@ -74,8 +71,7 @@ def document(rows: dict, count: int, every: int) -> str:
         "rules let pass on at most 8 ranks. Each trains five steps in fp32 (SGD with momentum, clipped); losses, norms",
         "and every parameter's gradient before clipping are compared with plain PyTorch in one process.",
         "",
-        f"Printed by `python tests/distributed/matrix_report.py every={every}` on {processor()}; {packages};",
-        f"commit {commit()}, {datetime.date.today()}.",
+        f"Printed by `python tests/distributed/matrix_report.py every={every}` on {setting()}.",
         "",
         "| data × tensor × pipeline × sequence | cases | loss | norm | gradient of one parameter | held-out loss |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
