@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import csv
+import itertools
 import json
 import os
 import sys
@@ -57,9 +58,9 @@ def token_classification(cfg: Config, tokenizer: Any) -> Task:
     from seqeval.metrics import f1_score
 
     def read(path: str) -> list[tuple[list[str], list[str]]]:
-        sentences = [block.split("\n") for block in Path(path).read_text().strip().split("\n\n")]
-        pairs = [[line.split("\t") for line in lines if line.strip()] for lines in sentences]
-        return [([word for word, *_ in lines], [line[-1] for line in lines]) for lines in pairs if lines]
+        lines = (line.split("\t") for line in Path(path).read_text().split("\n"))
+        sentences = (list(part) for full, part in itertools.groupby(lines, lambda line: bool(line[0].strip())) if full)
+        return [([word for word, *_ in lines], [line[-1] for line in lines]) for lines in sentences]
 
     train, held_out = read(str(cfg.data.path)), read(str(cfg.data.eval_path))
     names = sorted({tag for _, tags in train for tag in tags})

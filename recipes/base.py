@@ -101,6 +101,10 @@ class Recipe(ABC):
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         """(supervised targets, real unpadded tokens) of a micro-batch: the loss's denominator and the throughput's."""
 
+    def held_out_order(self) -> Sequence[int]:
+        """Each held-out row once, in the order of evaluation; predictions are put back into that of the rows."""
+        return range(len(self.held_out))
+
     def row_length(self) -> int:
         """Tokens of a row at most, for the plan."""
         return self.cfg.data.seq_length

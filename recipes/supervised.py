@@ -152,11 +152,22 @@ class Supervised(Recipe):
                 rule = f"the {split.replace('_', '-')} split has no rows"
                 raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
         train = Examples(store, "train", self.ARRAYS)
-        lengths = np.sum([*map(train.lengths, self.LENGTHS)], axis=0) if self.LENGTHS and data.bucketing else None
-        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], lengths)
-        self.held_out = Examples(store, "held_out", self.ARRAYS)
+        held_out = Examples(store, "held_out", self.ARRAYS)
+        by_length = bool(self.LENGTHS) and data.bucketing
+        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], self._lengths(train) if by_length else None)
+        self.held_out = held_out
+        self._order = (
+            np.argsort(-self._lengths(held_out), kind="stable").tolist() if by_length else range(len(held_out))
+        )
         if problems := self.check_model() + self._check_size():
             raise RequestError(problems)
+
+    def _lengths(self, examples: Examples) -> np.ndarray:
+        return np.sum([examples.lengths(name) for name in self.LENGTHS], axis=0)
+
+    def held_out_order(self) -> Sequence[int]:
+        """The longest rows first: a batch has rows of similar length, and what is too much for memory shows early."""
+        return self._order
 
     def _check_size(self) -> list[Problem]:
         rows, size = len(self.train), sizes(self.cfg.batch)[0]

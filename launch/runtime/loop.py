@@ -36,12 +36,13 @@ def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> 
 
     Every rank yields equally many micro-batches: under ZeRO-3 a forward pass is a collective call.
     """
-    rows = len(recipe.held_out)
+    order = recipe.held_out_order()
+    rows = len(order)
     # A micro-batch is filled up to its size: no larger than one rank's share.
     size = min(cfg.eval.micro_size or sizes(cfg.batch)[1], -(-rows // layout.data))
     for first in range(0, rows, size * layout.data):
         mine = range(first + rank * size, min(first + (rank + 1) * size, rows))
-        yield recipe.collate([recipe.held_out.row(i) for i in mine], size)
+        yield recipe.collate([recipe.held_out.row(order[i]) for i in mine], size)
 
 
 @dataclass

@@ -167,9 +167,10 @@ def errors(
 ) -> dict[str, float]:
     """Relative error of the loss and of each parameter's gradient, on this rank's share of it.
 
-    A gradient that is all rounding (a key bias) is measured against the largest.
+    A small one is measured against a hundredth of the largest, and one that is all rounding against the largest itself:
+    that of a key's bias, or of a span head's (a softmax does not change when all its logits do).
     """
-    floor = 1e-2 * max(gradient.norm().item() for gradient in expected.values())
+    largest = max(gradient.norm().item() for gradient in expected.values())
     found = {"loss": abs(loss - expected_loss) / expected_loss}
     for model in {id(stage.model): stage.model for stage in stages}.values():
         for name, parameter in model.named_parameters():
@@ -177,7 +178,9 @@ def errors(
             cut = getattr(parameter, "tensor_cut", None)
             whole = expected[name] if cut is None else cut.take(expected[name], ranks.rank, ranks.size)
             gradient = torch.zeros_like(whole) if parameter.grad is None else parameter.grad
-            found[name] = (gradient - whole).norm().item() / max(whole.norm().item(), floor)
+            size = whole.norm().item()
+            scale = largest if size < 1e-6 * largest else max(size, 1e-2 * largest)
+            found[name] = (gradient - whole).norm().item() / scale
     assert found.keys() == {"loss", *expected}, sorted(found.keys() ^ expected.keys())
     return found
 
