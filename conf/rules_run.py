@@ -12,17 +12,14 @@ from conf.errors import Problem
 from conf.rules_values import changed, shown
 from conf.schema import Config
 
-RUN_FILES = {
-    "config.yaml",
-    "ds_config.json",
-    "metrics.jsonl",
-    "metrics.csv",
-    "evaluations.csv",
-    "summary.json",
-    "loss.png",
-}
-RUN_FOLDERS = {"model", "logs", "tensorboard"}
+RUN_FILES = (
+    "config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "evaluations.csv", "summary.json", "loss.png",
+    "predictions.jsonl",
+)  # fmt: skip
+RUN_FOLDERS = ("model", "logs", "tensorboard", "checkpoints")
 """What a run writes into its directory."""
+RESUMED = ("adam", "adamw", "sgd", "lion", "adagrad")
+"""Optimizers whose state has the shape of the parameters: any layout can take it over."""
 
 
 def length(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -94,14 +91,26 @@ def installed_trackers(cfg: Config, layout: Layout, env: Environment) -> Iterato
 
 
 def checkpoints(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """This version saves the model at the end and nothing in between: asking for more is refused, not ignored."""
-    rule = "this version exports the finished model and saves no checkpoints to resume from"
-    if cfg.checkpoint.every:
-        yield Problem("checkpoint.every", str(cfg.checkpoint.every), rule, "checkpoint.every=0")
-    if changed(cfg.checkpoint, "keep"):
-        yield Problem("checkpoint.keep", str(cfg.checkpoint.keep), rule, "leave it out")
-    if cfg.resume is not None:
-        yield Problem("resume", cfg.resume, rule, "resume=null")
+    """What is saved can be resumed: optimizers and places of the state that no other layout could take over."""
+    if not cfg.checkpoint.every:
+        if changed(cfg.checkpoint, "keep"):
+            yield Problem("checkpoint.keep", str(cfg.checkpoint.keep), "none is written", "checkpoint.every=50")
+        if cfg.resume is None:
+            return
+    key, value, off = ("resume", cfg.resume, "null") if cfg.resume else ("checkpoint.every", cfg.checkpoint.every, "0")
+    nearest = f"{key}={off}"
+    if cfg.optimizer.name.lower() not in RESUMED:
+        rule = f"the state of {cfg.optimizer.name} cannot be taken over by another layout; {', '.join(RESUMED)} can"
+        yield Problem(key, str(value), rule, f"{nearest}, or optimizer=adamw")
+    if "nvme" in (cfg.zero.offload_optimizer, cfg.zero.offload_param):
+        yield Problem(
+            key, str(value), "state that is swapped to NVMe is not read", f"{nearest}, or zero=stage3_offload"
+        )
+    if cfg.zero.hpz_partition_size > 1:
+        rule = "the second shards of ZeRO++ (zero.hpz_partition_size) are not filled at resume"
+        yield Problem(key, str(value), rule, f"{nearest}, or zero=stage3")
+    if cfg.resume is not None and cfg.overwrite:
+        yield Problem("overwrite", "true", "resume continues the run that overwrite would delete", "overwrite=false")
 
 
 def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -126,23 +135,31 @@ def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     if not _is_run(path) and _foreign(path):
         rule = f"a folder with other things in it ({', '.join(_foreign(path)[:3])}) is not a run directory"
         yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={path / 'run'}")
-    elif not cfg.overwrite:
+    elif not cfg.overwrite and not _continues(cfg, path):
         if (path / "summary.json").is_file():
             rule = "holds a finished run, which is never overwritten unasked"
             yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(path)}, or overwrite=true")
-        elif (path / "metrics.jsonl").is_file():
+        elif (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
             rule = "holds an unfinished run, which is never overwritten unasked"
-            yield Problem("run_dir", cfg.run_dir, rule, f"run_dir={_free(path)}, or overwrite=true")
+            yield Problem("run_dir", cfg.run_dir, rule, f"resume=auto, run_dir={_free(path)}, or overwrite=true")
+
+
+def _continues(cfg: Config, path: Path) -> bool:
+    """Whether the run in this folder is the one that is resumed."""
+    if cfg.resume is None or cfg.resume == "auto":
+        return cfg.resume == "auto"
+    return path.resolve() in (Path(cfg.resume).expanduser().resolve(), *Path(cfg.resume).expanduser().resolve().parents)
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("summary.json", "metrics.jsonl", "ds_config.json"))
+    names = ("summary.json", "metrics.jsonl", "ds_config.json", "checkpoints")
+    return any((path / name).exists() for name in names)
 
 
 def _foreign(path: Path) -> list[str]:
     """Visible entries of a folder that no run writes."""
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    return [name for name in names if name not in RUN_FILES | RUN_FOLDERS | {"lost+found"}]
+    return [name for name in names if name not in (*RUN_FILES, *RUN_FOLDERS, "lost+found")]
 
 
 def _free(path: Path) -> Path:

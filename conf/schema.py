@@ -272,10 +272,10 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints during training. Not in this version: other values than these are refused."""
+    """Checkpoints during training: whole ones or none, in run_dir/checkpoints."""
 
     every: int = 0
-    """Save each n optimizer steps; 0: never during training."""
+    """Save each n optimizer steps and after the last; 0: only when a signal asks for it (SIGTERM, Ctrl-C, SIGUSR1)."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
 
@@ -337,7 +337,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: str | None = None
-    """A checkpoint to continue from. Not in this version: null."""
+    """Continue from a checkpoint: its folder, a run directory, or `auto` (the newest one of run_dir); null: do not."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)

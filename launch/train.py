@@ -25,9 +25,13 @@ def main(argv: list[str]) -> int:
         train(request, terminal)
     except Exception as error:
         from conf.errors import RequestError
+        from launch.runtime.interruption import EXIT_CODE, InterruptedRunError
 
         if isinstance(error, RequestError):
             raise
+        if isinstance(error, InterruptedRunError):
+            terminal.say(str(error))
+            return EXIT_CODE if error.saved else 1
         traceback.print_exc()
         if not _caused_by_another_rank(error):
             terminal.error.write(

@@ -45,6 +45,8 @@ class Recipe(ABC):
     """Endless over epochs: `row(i)` takes the global sample index, any i >= 0; `len` is one epoch."""
     held_out: Rows
     """Every held-out row exactly once."""
+    report: dict[str, Any]
+    """What `prepare` found, JSON values; `fingerprint` changes with the rows and their encoding."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg

@@ -146,7 +146,7 @@ class Supervised(Recipe):
             raise RequestError(
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
             ) from error
-        self.report = {"source": source.name, **store.facts, "labels": self._counts}
+        self.report = {"fingerprint": store.folder.name, "source": source.name, **store.facts, "labels": self._counts}
         for split in ("train", "held_out"):
             if not store.facts[split]:
                 rule = f"the {split.replace('_', '-')} split has no rows"

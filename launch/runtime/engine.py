@@ -350,6 +350,14 @@ class Engine:
         """The whole tensor from the tensor ranks' shares of it."""
         return join(parameter, share, self.topology.tensor)
 
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """Which of these is true on any rank; a collective call."""
+        if self.layout.world == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes.tolist())
+
     def peak_memory_bytes(self) -> int:
         """Most memory that any rank has held (CUDA: allocator peak; CPU: resident set); a collective call."""
         if self.device.type == "cuda":

@@ -46,28 +46,32 @@ def held_out_batches(rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> 
 
 
 @dataclass
-class Outcome:
-    """What a run amounts to."""
+class Progress:
+    """How far a run is, as far as the engine's own state does not say it; part of every checkpoint."""
 
-    steps: int
-    """Steps that were taken; fewer than asked for where training stopped early."""
-    tokens: int
+    step: int = 0
+    """Optimizer steps that were taken."""
+    tokens: int = 0
     first: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step."""
     last: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the model that was kept: after the last step, or at the best evaluation."""
     kept_at: int = 0
     """The step after which the kept model was evaluated."""
+    best: float | None = None
+    """The best value of `eval.metric` so far."""
+    waiting: int = 0
+    """Evaluations since then."""
+    evaluated_at: int = -1
+    """The step after which there was an evaluation last."""
 
 
 class Judge:
     """Which evaluation is the best one by `eval.metric`, and when to stop waiting for a better one."""
 
-    def __init__(self, cfg: Config, recipe: Recipe):
-        self._metric, self._patience = cfg.eval.metric, cfg.eval.patience
-        self._sign = 1.0 if self._metric and recipe.METRICS[self._metric] == "max" else -1.0
-        self._best = -math.inf
-        self._waiting = 0
+    def __init__(self, cfg: Config, recipe: Recipe, progress: Progress):
+        self._metric, self._patience, self._progress = cfg.eval.metric, cfg.eval.patience, progress
+        self._largest = self._metric is not None and recipe.METRICS[self._metric] == "max"
 
     def is_better(self, metrics: dict[str, float]) -> bool:
         """Whether these metrics are the best so far; without a metric the latest ones always are."""
@@ -75,42 +79,57 @@ class Judge:
             return True
         if self._metric not in metrics:
             raise RuntimeError(f"eval.metric={self._metric}: this data set has {', '.join(metrics)}")
-        value = self._sign * metrics[self._metric]
-        self._waiting = 0 if value > self._best else self._waiting + 1
-        better = value > self._best
-        self._best = max(self._best, value)
+        value, best = metrics[self._metric], self._progress.best
+        better = best is None or (value > best if self._largest else value < best)
+        self._progress.waiting = 0 if better else self._progress.waiting + 1
+        if better:
+            self._progress.best = value
         return better
 
     @property
     def has_enough(self) -> bool:
-        return self._patience is not None and self._waiting >= self._patience
+        return self._patience is not None and self._progress.waiting >= self._patience
 
 
 def run(
     engine: Engine, recipe: Recipe, cfg: Config, layout: Layout, rank: int, steps: int,
     log: Callable[[Row], None], keep: Callable[[Evaluation], None] = lambda evaluation: None,
-) -> Outcome:  # fmt: skip
-    """Train for `steps` optimizer steps, evaluating before the first, every `eval.every` and after the last.
+    progress: Progress | None = None, after_step: Callable[[Progress], bool] = lambda progress: True,
+) -> Progress:  # fmt: skip
+    """Train up to `steps` optimizer steps, evaluating before the first, every `eval.every` and after the last.
 
     `log` gets one row per step and one per evaluation (with `split`). `keep` is called by all ranks with the evaluation
     of a model that is to be kept: each time `eval.metric` is better than before, or without one after the last step.
+    progress: where an earlier run stopped; it is carried on and returned. `after_step` is called after each step, its
+    row and its evaluation, and ends the run by False.
     Raises NonFiniteError, with step, rank and sample indices, before a bad update reaches the weights.
     """
-    outcome = Outcome(steps, 0)
+    progress = progress or Progress()
     data_rank = layout.place(rank).data
-    judge = Judge(cfg, recipe)
+    judge = Judge(cfg, recipe, progress)
 
-    def evaluate(step: int) -> Evaluation:
+    def evaluate() -> Evaluation:
         started = time.perf_counter()
         evaluation = engine.evaluate(held_out_batches(data_rank, recipe, cfg, layout))
-        metrics = evaluation.metrics
+        metrics, step = evaluation.metrics, progress.step
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteError(f"after step {step}: the held-out loss is {metrics['loss']}; no model is exported")
         log({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
+        progress.evaluated_at = step
         return evaluation
 
-    outcome.first = outcome.last = evaluate(0).metrics
-    for step in range(steps):
+    def judged(last: bool) -> bool:
+        """Evaluate, keep the model if it is to be kept, and say whether to go on."""
+        evaluation = evaluate()
+        if judge.is_better(evaluation.metrics) and (last or cfg.eval.metric is not None):
+            progress.last, progress.kept_at = evaluation.metrics, progress.step
+            keep(evaluation)
+        return not judge.has_enough
+
+    if progress.evaluated_at < 0:
+        progress.first = progress.last = evaluate().metrics
+    while progress.step < steps:
+        step = progress.step
         started = time.perf_counter()
         try:
             result = engine.train_step(training_batches(step, data_rank, recipe, cfg, layout))
@@ -121,15 +140,16 @@ def run(
                 "The weights are those of the step before."
             ) from None
         seconds = time.perf_counter() - started
-        outcome.tokens += result.tokens
+        progress.step += 1
+        progress.tokens += result.tokens
         log(
             {
-                "step": step + 1,
+                "step": progress.step,
                 "loss": result.loss,
                 "lr": result.lr,
                 "grad_norm": result.grad_norm,
-                "tokens": outcome.tokens,
-                "samples": (step + 1) * sizes(cfg.batch)[0],
+                "tokens": progress.tokens,
+                "samples": progress.step * sizes(cfg.batch)[0],
                 "tokens_per_s": result.tokens / seconds,
                 "padding": round(result.padding, 4),
                 "step_s": seconds,
@@ -138,13 +158,9 @@ def run(
                 **({} if result.applied else {"skipped": True}),
             }
         )
-        last = step + 1 == steps
-        if last or (cfg.eval.every and (step + 1) % cfg.eval.every == 0):
-            evaluation = evaluate(step + 1)
-            if judge.is_better(evaluation.metrics) and (last or cfg.eval.metric is not None):
-                outcome.last, outcome.kept_at = evaluation.metrics, step + 1
-                keep(evaluation)
-            if judge.has_enough:
-                outcome.steps = step + 1
-                break
-    return outcome
+        last = progress.step == steps
+        if (last or (cfg.eval.every and progress.step % cfg.eval.every == 0)) and not judged(last):
+            break
+        if not after_step(progress):
+            break
+    return progress

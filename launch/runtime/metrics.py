@@ -103,8 +103,12 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 class MetricsLog:
     """Appends rows to metrics.jsonl (each on disk before the next step) and hands them to the trackers."""
 
-    def __init__(self, path: Path, trackers: list[Tracker]):
+    def __init__(self, path: Path, trackers: list[Tracker], after: int | None = None):
+        """after: carry a log on behind the rows of this step, what came later is dropped; None: a new log."""
+        kept = _rows_until(path, after) if after is not None else []
         self._file = path.open("w")
+        self._file.writelines(kept)
+        self._file.flush()
         self._trackers = trackers
 
     def log(self, row: Row) -> None:
@@ -118,3 +122,10 @@ class MetricsLog:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+def _rows_until(path: Path, step: int) -> list[str]:
+    """The lines of a log up to a step; half a line, left by a crash, is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    whole = (line for line in lines if line.endswith("\n"))
+    return [line for line in whole if json.loads(line)["step"] <= step]

@@ -11,13 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from conf.errors import Problem, RequestError
-
-OWN = (
-    "config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "evaluations.csv", "summary.json", "loss.png",
-    "predictions.jsonl",
-)  # fmt: skip
-OWN_FOLDERS = ("model", "logs", "tensorboard")
-"""All that a run writes; `overwrite=true` deletes these and nothing else."""
+from conf.rules_run import RUN_FILES, RUN_FOLDERS
 
 PROBE_BYTES = 1 << 20
 
@@ -35,8 +29,8 @@ class RunDir:
     def create(self, overwrite: bool) -> None:
         """Make the folder and show that it can be written; replace an old run where asked.
 
-        Raises RequestError (run_dir) when it is read-only, full, or cannot be made. Nothing is deleted before the
-        folder is known to be writable.
+        All that a run writes is deleted then, and nothing else. Raises RequestError (run_dir) when the folder is
+        read-only, full, or cannot be made; nothing is deleted before it is known to be writable.
         """
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -45,9 +39,9 @@ class RunDir:
             rule = f"cannot be written: {error.strerror}"
             raise RequestError(Problem("run_dir", str(self.path), rule, "run_dir=FOLDER on a writable disk")) from None
         if overwrite:
-            for name in OWN:
+            for name in RUN_FILES:
                 (self.path / name).unlink(missing_ok=True)
-            for name in OWN_FOLDERS:
+            for name in RUN_FOLDERS:
                 if name != "logs":
                     shutil.rmtree(self.path / name, ignore_errors=True)
 

@@ -7,9 +7,9 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conf.batch import batch_line, sizes
+from conf.batch import Layout, batch_line, sizes
 from conf.compose import to_yaml
 from conf.errors import Problem, RequestError
 from conf.schema import Config
@@ -21,6 +21,11 @@ from launch.runtime.request import Request
 from launch.runtime.run_dir import RunDir
 from recipes import recipe_class
 from recipes.base import Prediction, Recipe
+
+if TYPE_CHECKING:
+    from launch.runtime.checkpoint import Checkpoint
+    from launch.runtime.engine import Engine
+    from launch.runtime.loop import Progress
 
 NOT_SHOWN = ("step", "split", "loss", "eval_s", "bits_per_token")
 
@@ -69,7 +74,7 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     steps = optimizer_steps(cfg, len(recipe.train))
     run_dir = RunDir(cfg.run_dir)
     engine_config = ds_config(cfg, layout, request.device)
-    run_dir.create(cfg.overwrite and ranks.first)
+    run_dir.create(cfg.overwrite and ranks.first and cfg.resume is None)
     if ranks.first:
         run_dir.claim(layout.world)
     terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
@@ -95,19 +100,28 @@ def _train(
     terminal: Terminal,
 ) -> dict[str, Any]:
     from launch.runtime import loop
+    from launch.runtime.checkpoint import Checkpoints
     from launch.runtime.engine import Evaluation
     from launch.runtime.export import export
+    from launch.runtime.interruption import InterruptedRunError, Wishes
     from launch.runtime.plots import plot_loss
     from launch.runtime.staged import make_engine
 
     cfg, layout, first = request.cfg, request.layout, request.ranks.first
+    fingerprint = str(recipe.report["fingerprint"])
+    found = _resumed(request, run_dir, fingerprint, terminal)
     if first:
         run_dir.write_text("config.yaml", to_yaml(cfg))
         run_dir.write_json("ds_config.json", engine_config)
     engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
+    progress = loop.Progress()
+    if found is not None:
+        progress = restored(engine, found, layout)
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
-    metrics = MetricsLog(run_dir.metrics, trackers) if first else None
+    metrics = MetricsLog(run_dir.metrics, trackers, progress.step if found else None) if first else None
     bar = Bar(terminal, "training", steps)
+    checkpoints = Checkpoints(run_dir.path, cfg.checkpoint.keep, asdict(cfg), fingerprint)
+    wishes = Wishes()
 
     def log(row: loop.Row) -> None:
         if metrics is not None:
@@ -116,6 +130,18 @@ def _train(
             terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
         else:
             bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
+
+    def after_step(progress: loop.Progress) -> bool:
+        stop, save = engine.any_of(wishes.stop, wishes.save)
+        wishes.save = False
+        every, last = cfg.checkpoint.every, progress.step == steps
+        saved = None
+        if save or stop or (every and (last or progress.step % every == 0)):
+            saved = checkpoints.save(engine, progress.step, asdict(progress))
+            terminal.say(f"step {progress.step}: " + (f"no checkpoint: {saved}" if saved else "checkpoint"))
+        if stop and not last:
+            raise InterruptedRunError(progress.step, steps, saved is None)
+        return True
 
     predictions: list[Prediction] = []
 
@@ -129,7 +155,8 @@ def _train(
 
     started = time.perf_counter()
     try:
-        outcome = loop.run(engine, recipe, cfg, layout, request.ranks.rank, steps, log, keep)
+        with wishes.heard():
+            outcome = loop.run(engine, recipe, cfg, layout, request.ranks.rank, steps, log, keep, progress, after_step)
     finally:
         bar.close()
         if metrics is not None:
@@ -137,7 +164,7 @@ def _train(
     seconds = time.perf_counter() - started
     summary = {
         "name": cfg.name,
-        "steps": outcome.steps,
+        "steps": outcome.step,
         "tokens": outcome.tokens,
         "train_s": round(seconds, 1),
         "world_size": layout.world,
@@ -152,6 +179,44 @@ def _train(
         run_dir.write_json("summary.json", {**summary, **(recipe.details(predictions) if predictions else {})})
         terminal.say(_closing(summary, loss_png))
     return summary
+
+
+def _resumed(request: Request, run_dir: RunDir, fingerprint: str, terminal: Terminal) -> Checkpoint | None:
+    """The checkpoint to continue from, the same on all ranks; a collective call. Says what it is and what differs."""
+    from torch import distributed as dist
+
+    from launch.runtime import resume
+    from launch.runtime.checkpoint import Checkpoint
+
+    answer: list[Any] = [None]
+    if request.ranks.first:
+        try:
+            found = resume.find(request.cfg, run_dir.path, terminal.say)
+            if found is not None:
+                taken = resume.check(found, request.cfg, fingerprint)
+                terminal.say(f"resumes after step {found.step}, from {found.folder}")
+                for line in taken:
+                    terminal.say(f"  {line}")
+                answer = [(found.folder, found.manifest)]
+        except RequestError as error:
+            answer = [error]
+    if request.layout.world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], RequestError):
+        raise answer[0]
+    return Checkpoint(*answer[0]) if answer[0] is not None else None
+
+
+def restored(engine: Engine, found: Checkpoint, layout: Layout) -> Progress:
+    """Bring a new engine to the state of a checkpoint, and say how far the run is."""
+    from launch.runtime.loop import Progress
+    from launch.runtime.resume import same_layout
+    from launch.runtime.state import SavedState, restore
+
+    manifest = found.manifest
+    saved = SavedState(found.files, manifest["tensors"], manifest["layout"]["tensor"])
+    restore(engine, saved, manifest["state"], same_layout(found, layout))
+    return Progress(**manifest["progress"])
 
 
 def _others(row: dict[str, Any]) -> str:

@@ -103,7 +103,8 @@ def test_a_second_run_asks_before_it_replaces(runs, cache) -> None:
     assert (runs["python"] / "metrics.jsonl").read_bytes() == before
 
 
-def test_ctrl_c_leaves_no_process_and_whole_rows(cache, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(cache, tmp_path: Path) -> None:
+    """Whole rows too; and the run goes on from there."""
     command = [*launcher("deepspeed", 2), str(TRAIN), *SMALL, "train.steps=100000"]
     job = subprocess.Popen(
         command,
@@ -129,7 +130,16 @@ def test_ctrl_c_leaves_no_process_and_whole_rows(cache, tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
     assert job.returncode not in (0, 2)
     training, _ = rows(tmp_path / "runs/quickstart")
-    assert [row["step"] for row in training] == list(range(1, len(training) + 1))
+    done = len(training)
+    assert [row["step"] for row in training] == list(range(1, done + 1))
+    assert [folder.name for folder in (tmp_path / "runs/quickstart/checkpoints").iterdir()] == [f"step_{done:08d}"]
+    more = [sys.executable, TRAIN, *SMALL, f"train.steps={done + 2}", "resume=auto"]
+    again = run(more, tmp_path, environment(cache))
+    assert again.returncode == 0, again.stderr
+    assert f"resumes after step {done}" in again.stdout and f"train.steps: 100000 -> {done + 2}" in again.stdout
+    training, held_out = rows(tmp_path / "runs/quickstart")
+    assert [row["step"] for row in training] == list(range(1, done + 3))
+    assert [row["step"] for row in held_out] == [0, done + 2]
 
 
 def _alive(session: int) -> list[int]:

@@ -1,0 +1,90 @@
+"""The checkpoints of a run: `python launch/checkpoints.py RUN_DIR [verify=true] [keep=N]`.
+
+Lists them, newest first. verify=true reads every file and compares it with what was written; keep=N deletes all but the
+newest N whole ones, and what no save ever finished. Exit code 1 where one is damaged.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+# Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from conf.errors import Problem, RequestError, did_you_mean
+from launch.runtime.checkpoint import MANIFEST, Checkpoint, all_of, unfinished
+from launch.runtime.request import run_command, split_arguments
+
+COMMAND = "launch/checkpoints.py"
+USAGE = f"{COMMAND} RUN_DIR [verify=true] [keep=N]"
+OWN = {"verify": "false", "keep": ""}
+
+
+def main(argv: list[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(f"usage: {USAGE}\n\n{__doc__}")
+        return 0
+    words, own = split_arguments(argv, OWN)
+    folder = _folder(words)
+    for key, legal in (
+        ("verify", own["verify"] in ("true", "false")),
+        ("keep", own["keep"] == "" or _count(own["keep"])),
+    ):
+        if not legal:
+            rule = "true or false" if key == "verify" else "a number of checkpoints, 1 or more"
+            raise RequestError(Problem(key, own[key], rule, f"{key}={'true' if key == 'verify' else 2}"))
+    keep = int(own["keep"]) if own["keep"] else None
+    whole, damaged = 0, 0
+    for entry, found in all_of(folder):
+        damage = _damage(entry, found, keep is not None or own["verify"] == "true")
+        whole, damaged = whole + (not damage), damaged + bool(damage)
+        gone = keep is not None and not damage and whole > keep
+        print(_line(entry, found) + (", deleted" if gone else "") + "".join(f"\n  damaged: {what}" for what in damage))
+        if gone:
+            shutil.rmtree(entry)
+    for left in unfinished(folder):
+        print(f"{left.name}  not finished" + (", deleted" if keep is not None else ""))
+        if keep is not None:
+            shutil.rmtree(left)
+    return 1 if damaged else 0
+
+
+def _folder(words: list[str]) -> Path:
+    unknown = [word for word in words if "=" in word or word.startswith("-")]
+    if unknown:
+        near = did_you_mean(unknown[0].partition("=")[0], OWN) or next(iter(OWN))
+        raise RequestError(Problem(unknown[0], "", f"{COMMAND} has no such argument", f"{near}=…"))
+    if len(words) != 1:
+        raise RequestError(Problem("RUN_DIR", " ".join(words), "the directory of one run", USAGE))
+    run_dir = Path(words[0]).expanduser()
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        rule = "has no checkpoints" if run_dir.is_dir() else "there is no such folder"
+        raise RequestError(Problem("RUN_DIR", words[0], rule, "a run directory; checkpoint.every=N saves in one"))
+    return folder
+
+
+def _count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) > 0
+
+
+def _damage(entry: Path, found: Checkpoint | None, read: bool) -> list[str]:
+    if found is None:
+        return [f"{entry / MANIFEST} cannot be read"]
+    return found.damage() if read else []
+
+
+def _line(entry: Path, found: Checkpoint | None) -> str:
+    if found is None:
+        return entry.name
+    manifest = found.manifest
+    layout = " × ".join(f"{manifest['layout'][axis]} {axis}" for axis in ("data", "tensor", "pipeline", "sequence"))
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    return f"{entry.name}  {size / 2**20:,.1f} MiB  {layout}, ZeRO-{manifest['zero']}  {manifest['written'][:19]}"
+
+
+if __name__ == "__main__":
+    run_command(main)

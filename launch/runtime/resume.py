@@ -1,0 +1,95 @@
+"""Which checkpoint a run continues from, and what may differ from the run that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.batch import Layout
+from conf.errors import Problem, RequestError
+from conf.rules_values import shown
+from conf.schema import Config
+from launch.runtime.checkpoint import Checkpoint, all_of, newest, read
+
+Say = Callable[[str], None]
+
+FIXED = ("task", "seed", "model.", "data.", "batch.global_size", "optimizer.name")
+"""What makes a run that run: model, rows and their order, the kind of optimizer's state."""
+FREE = ("data.cache_dir", "model.attention")
+SILENT = ("run_dir", "resume", "overwrite", "name")
+"""Different by nature, and not worth a line."""
+
+
+def find(cfg: Config, run_dir: Path, say: Say) -> Checkpoint | None:
+    """The checkpoint that `resume` means, whole; None for `auto` where there is none, and without `resume`.
+
+    Raises RequestError for a path without a checkpoint, or with a damaged one.
+    """
+    if cfg.resume is None:
+        return None
+    if cfg.resume == "auto":
+        folder = run_dir / "checkpoints"
+        found = newest(folder, say)
+        if found is None and (entry := next((entry for entry, _ in all_of(folder)), None)):
+            rule = "every checkpoint of this run is damaged, and training does not start anew unasked"
+            nearest = "overwrite=true without resume for a new run, or resume=PATH of another one"
+            raise RequestError(Problem("resume", f"auto ({entry})", rule, nearest))
+        if found is None:
+            say(f"resume=auto: no whole checkpoint in {folder}, so training starts at step 0")
+        return found
+    path = Path(cfg.resume).expanduser()
+    if (path / "checkpoints").is_dir():
+        found = newest(path / "checkpoints", say)
+        if found is None:
+            raise RequestError(Problem("resume", cfg.resume, "no whole checkpoint in this run", "resume=null"))
+        return found
+    found = read(path)
+    if damage := found.damage():
+        older = newest(path.parent, lambda text: None)
+        nearest = f"resume={older.folder}" if older else "resume=null"
+        raise RequestError(Problem("resume", cfg.resume, "; ".join(damage), nearest))
+    return found
+
+
+def check(found: Checkpoint, cfg: Config, fingerprint: str) -> list[str]:
+    """What differs from the run that wrote it and is taken, a line each.
+
+    Raises RequestError for what makes it another run: model, data, order of the rows, optimizer.
+    """
+    problems, taken = [], []
+    for key, before, now in differences(found.manifest["config"], asdict(cfg)):
+        if key in SILENT:
+            continue
+        if key.startswith(FIXED) and key not in FREE:
+            rule = f"the run that is resumed had {shown(before)}"
+            problems.append(Problem(key, shown(now), rule, f"{key}={shown(before)}, or a new run (resume=null)"))
+        else:
+            taken.append(f"{key}: {shown(before)} -> {shown(now)}")
+    if not problems and found.manifest["data"] != fingerprint:
+        rule = "the rows are not those that the resumed run was trained on"
+        problems.append(Problem("data", fingerprint, rule, "the data as they were, or a new run (resume=null)"))
+    if problems:
+        raise RequestError(problems)
+    return taken
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value now) of what differs between two configurations as plain values."""
+    for name in [*before, *(name for name in now if name not in before)]:
+        key, old, new = f"{prefix}{name}", before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{key}.")
+        elif _plain(old) != _plain(new):
+            yield key, old, new
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def same_layout(found: Checkpoint, layout: Layout) -> bool:
+    """Whether every rank has the place that it had."""
+    saved = found.manifest["layout"]
+    return all(saved[axis] == getattr(layout, axis) for axis in saved)
