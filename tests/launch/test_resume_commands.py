@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import shutil
@@ -11,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, SMALL, TRAIN, environment, launcher, rows, run
+from omegaconf import OmegaConf
 from safetensors.numpy import load_file
+
+from conf.errors import RequestError
+from conf.schema import Config
+from launch.runtime import resume
+from launch.runtime.state import SavedState
+from launch.runtime.tensor_file import digest_of
 
 CHECKPOINTS = ROOT / "launch" / "checkpoints.py"
 RUN = "runs/quickstart"
@@ -81,8 +89,9 @@ def test_on_one_rank_in_another_stage(broken: Path, unbroken: Path, cache: Path)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "empty", "missing", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage: str, broken: Path, unbroken: Path, cache: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage: str, broken: Path) -> None:
     newest = broken / RUN / "checkpoints/step_00000006"
+    older = newest.with_name("step_00000004")
     file = newest / ("manifest.json" if damage == "manifest" else "rank_00001.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "flipped":
@@ -90,42 +99,60 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage: str, broken: Path
     file.write_bytes(content[: {"short": -1, "empty": 0, "manifest": 100}.get(damage, len(content))])
     if damage == "missing":
         file.unlink()
+    said: list[str] = []
+    found = resume.find(Config(resume="auto"), broken / RUN, said.append)
+    assert found is not None and found.folder == older and str(file) in said[0]
+    with pytest.raises(RequestError) as refused:
+        resume.find(Config(resume=str(newest)), broken / RUN, said.append)
+    assert str(file) in refused.value.render()
+    assert damage == "manifest" or f"resume={older}" in refused.value.render()
+
+
+def test_a_damaged_checkpoint_through_the_commands(broken: Path, unbroken: Path, cache: Path) -> None:
+    file = broken / RUN / "checkpoints/step_00000006/rank_00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
     listed = run([sys.executable, CHECKPOINTS, broken / RUN, "verify=true"], broken, environment(cache))
     assert listed.returncode == 1 and str(file) in listed.stdout
-    refused = run([sys.executable, TRAIN, *SAVING, f"resume={newest}"], broken, environment(cache))
-    assert refused.returncode == 2 and str(file) in refused.stderr
-    if damage != "manifest":
-        assert f"resume={newest.with_name('step_00000004')}" in refused.stderr
-    if damage in ("flipped", "manifest"):
-        done = run([*launcher("torchrun", 2), TRAIN, *SAVING, "resume=auto"], broken, environment(cache))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "passed over" in done.stdout and "resumes after step 4" in done.stdout
-        same_model(broken, unbroken)
+    done = run([*launcher("torchrun", 2), TRAIN, *SAVING, "resume=auto"], broken, environment(cache))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed over" in done.stdout and "resumes after step 4" in done.stdout
+    same_model(broken, unbroken)
 
 
-def test_another_run_is_refused_and_another_rate_is_told(broken: Path, cache: Path) -> None:
-    base = [sys.executable, TRAIN, *SAVING, "resume=auto"]
-    for override, key in (
-        ("model.config.num_hidden_layers=1", "model.config.num_hidden_layers"), ("seed=7", "seed"),
-        ("batch.global_size=16", "batch.global_size"), ("data.max_files=3", "data.max_files"),
-    ):  # fmt: skip
-        refused = run([*base, override], broken, environment(cache))
-        assert refused.returncode == 2 and f"error: {key}=" in refused.stderr, refused.stderr
-        assert "Traceback" not in refused.stderr
-    refused = run([*base, "overwrite=true"], broken, environment(cache))
-    assert refused.returncode == 2 and "overwrite" in refused.stderr
-    refused = run([sys.executable, TRAIN, *SAVING, "resume=nowhere"], broken, environment(cache))
-    assert refused.returncode == 2 and "resume=nowhere" in refused.stderr
-    done = run([*base, "optimizer.lr=1e-5"], broken, environment(cache))
-    assert done.returncode == 0 and "optimizer.lr: " in done.stdout
+def test_what_makes_another_run_is_refused_and_the_rest_is_told(broken: Path) -> None:
+    found = resume.find(Config(resume="auto"), broken / RUN, lambda text: None)
+    assert found is not None
+    saved, rows_of = found.manifest["config"], found.manifest["data"]
+    for section, name, value in (("model", "type", "gpt2"), ("data", "max_files", 3), ("batch", "global_size", 16)):
+        other = copy.deepcopy(found)
+        other.manifest["config"] = json.loads(json.dumps(saved))
+        other.manifest["config"][section][name] = value
+        with pytest.raises(RequestError) as refused:
+            resume.check(other, config_of(saved), rows_of)
+        assert f"{section}.{name}" in refused.value.render()
+    with pytest.raises(RequestError, match="rows"):
+        resume.check(found, config_of(saved), "other rows")
+    faster = config_of(saved)
+    faster.optimizer.lr *= 2
+    assert [line.partition(":")[0] for line in resume.check(found, faster, rows_of)] == ["optimizer.lr"]
 
 
-def test_auto_does_not_start_anew_where_all_checkpoints_are_damaged(broken: Path, cache: Path) -> None:
+def config_of(saved: dict) -> Config:
+    """The configuration in a manifest, as an object."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+
+
+def test_another_run_is_refused(broken: Path, cache: Path) -> None:
+    refused = run([sys.executable, TRAIN, *SAVING, "resume=auto", "seed=7"], broken, environment(cache))
+    assert refused.returncode == 2 and "error: seed=7" in refused.stderr, refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_auto_does_not_start_anew_where_all_checkpoints_are_damaged(broken: Path) -> None:
     for folder in (broken / RUN / "checkpoints").iterdir():
         (folder / "rank_00000.safetensors").unlink()
-    refused = run([sys.executable, TRAIN, *SAVING, "resume=auto"], broken, environment(cache))
-    assert refused.returncode == 2 and "every checkpoint of this run is damaged" in refused.stderr
-    assert (broken / RUN / "metrics.jsonl").is_file()
+    with pytest.raises(RequestError, match="every checkpoint of this run is damaged"):
+        resume.find(Config(resume="auto"), broken / RUN, lambda text: None)
 
 
 def test_a_future_that_was_given_up_is_not_resumed(broken: Path, unbroken: Path, cache: Path) -> None:
@@ -143,7 +170,7 @@ def test_auto_without_a_checkpoint_says_that_it_starts(cache: Path, tmp_path: Pa
     assert "resume=auto: no whole checkpoint" in done.stdout and "starts at step 0" in done.stdout
 
 
-def test_a_pickle_is_never_opened(broken: Path, cache: Path) -> None:
+def test_a_pickle_is_never_opened(broken: Path) -> None:
     """A file with code in it, with a manifest that calls it whole, is refused; the code does not run."""
     trap = broken / "sprung"
 
@@ -151,15 +178,16 @@ def test_a_pickle_is_never_opened(broken: Path, cache: Path) -> None:
         def __reduce__(self):
             return (Path.touch, (trap,))
 
-    from launch.runtime.tensor_file import digest_of
-
     folder = broken / RUN / "checkpoints/step_00000006"
     file, manifest = folder / "rank_00000.safetensors", json.loads((folder / "manifest.json").read_text())
     file.write_bytes(pickle.dumps(Trap()))
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    done = run([sys.executable, TRAIN, *SAVING, f"resume={folder}"], broken, environment(cache))
-    assert done.returncode == 2 and str(file) in done.stderr and not trap.exists()
+    found = resume.find(Config(resume=str(folder)), broken / RUN, lambda text: None)
+    assert found is not None
+    with pytest.raises(RequestError) as refused:
+        SavedState(found.files, manifest["tensors"], 1)
+    assert str(file) in refused.value.render() and not trap.exists()
 
 
 def test_the_command_lists_and_deletes(broken: Path, cache: Path) -> None:
