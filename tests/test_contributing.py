@@ -93,11 +93,11 @@ def test_the_task_trains(house: Path, tmp_path: Path) -> None:
             row = {"question": f"Which is {number}?", "answers": answers, "label": answers.index(f"It is {number}.")}
             file.write(json.dumps(row) + "\n")
     request = ["+recipe=classify_packages", "task=multiple_choice", "data=jsonl", f"data.path={tmp_path}/choices.jsonl"]
-    request += ["data.vocab_size=300", "train.epochs=null", "train.steps=40", "scheduler.warmup_steps=2"]
-    request += ["model.config.hidden_size=64", "model.config.intermediate_size=128", "model.config.num_hidden_layers=2"]
+    request += ["data.vocab_size=300", "train.epochs=null", "train.steps=60", "scheduler.warmup_steps=2"]
+    request += ["optimizer.lr=2e-3", "model.config.num_hidden_layers=2", "data.seq_length=32"]
     done = run([sys.executable, house / "launch" / "train.py", *request], house, environment(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     training, held_out = rows(house / "runs" / "classify_packages")
-    assert len(training) == 40 and held_out[-1]["loss"] < held_out[0]["loss"]
+    assert len(training) == 60 and held_out[-1]["loss"] < held_out[0]["loss"]
     assert held_out[-1]["accuracy"] > 0.5
     assert "empty rows" not in done.stdout, "a label of 0 is not an empty row"

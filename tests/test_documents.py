@@ -38,5 +38,5 @@ def test_the_readme_has_every_recipe_and_choice() -> None:
 
 
 def test_the_readme_has_what_a_run_writes() -> None:
-    for name in RUN_FILES | {f"{folder}/" for folder in RUN_FOLDERS}:
+    for name in (*RUN_FILES, *(f"{folder}/" for folder in RUN_FOLDERS)):
         assert f"`{name}`" in README, name
