@@ -190,17 +190,17 @@ class Checkpoints:
         }  # fmt: skip
 
     def _publish(self, scratch: Path, target: Path, manifest: dict[str, Any]) -> None:
-        from launch.runtime.tensor_file import sync_folder
+        from recipes.data.store import synchronise
 
         with (scratch / MANIFEST).open("w") as file:
             json.dump(manifest, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(scratch)
+        synchronise(scratch)
         if target.exists():  # the same step again, after a resume from before it
             shutil.rmtree(target)
         scratch.rename(target)
-        sync_folder(self.folder)
+        synchronise(self.folder)
         there = sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
         # Later ones are damaged, or of a future that was given up when an earlier one was resumed.
         later = there[: there.index(target)]

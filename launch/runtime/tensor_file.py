@@ -15,7 +15,6 @@ DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
     torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16",
 }  # fmt: skip
-BLOCK = 1 << 22
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -50,17 +49,5 @@ def _parts(head: bytes, values: Iterable[torch.Tensor]) -> Iterable[Any]:
 
 def digest_of(path: Path) -> str:
     """SHA-256 of a file. Raises OSError."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -89,7 +89,7 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
             with _writable(root):
                 _finish(partial, facts)
                 os.replace(partial, folder)
-                _synchronise(root)
+                synchronise(root)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -129,10 +129,11 @@ def _finish(folder: Path, facts: dict[str, Any]) -> None:
     manifest = json.dumps({"files": files, "facts": facts}, indent=2)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        _synchronise(path)
+        synchronise(path)
 
 
-def _synchronise(path: Path) -> None:
+def synchronise(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
