@@ -30,7 +30,7 @@ from datasets import Dataset
 from benchmarks.report import run
 from conf.compose import compose
 from conf.schema import Config
-from recipes.models.build import package_folder
+from recipes.models.build import package_folder, set_dropout
 
 Task = tuple[Any, Dataset, Dataset, Any, Any]
 """Auto class with its options, training rows, held-out rows, collator, metrics of Trainer's predictions."""
@@ -175,9 +175,9 @@ def main(argv: list[str]) -> int:
         lr_scheduler_type="linear", warmup_steps=cfg.scheduler.warmup_steps, use_cpu=True, report_to="none",
         logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    loop = transformers.Trainer(
-        auto.from_pretrained(folder, **options), arguments, collator, train, held_out, compute_metrics=metrics
-    )
+    config = set_dropout(transformers.AutoConfig.from_pretrained(folder, **options), cfg.model.dropout)
+    model = auto.from_pretrained(folder, config=config)
+    loop = transformers.Trainer(model, arguments, collator, train, held_out, compute_metrics=metrics)
     started = time.perf_counter()
     loop.train()
     found = {key.removeprefix("eval_"): value for key, value in loop.evaluate().items()}

@@ -46,6 +46,9 @@ class ModelConfig:
     """Hub name or local folder of a tokenizer; null: that of `path`, or one trained on the data for a new model."""
     attention: str | None = None
     """Attention implementation of transformers: sdpa, eager, flash_attention_2, …; null: the best of the family."""
+    dropout: float | None = None
+    """Probability of every dropout in the model (attention, hidden states, embeddings, head); null: its own config's.
+    On CPUs 0 saves a third of an encoder's step, most of it in attention."""
 
 
 @dataclass

@@ -67,16 +67,15 @@ class CausalLM(Recipe):
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def model_config(self) -> PretrainedConfig:
-        from recipes.models.build import scratch_config
+        from recipes.models.build import scratch_config, set_dropout
+        from recipes.models.pretrained import pretrained_config
 
         if self._folder:
-            from transformers import AutoConfig
-
-            return AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+            return pretrained_config(self.cfg.model, self._folder)
         special = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         assert self.cfg.model.type is not None  # a rule: one of type and path is given
         config = {"vocab_size": len(self.tokenizer), **self.cfg.model.config, **special}
-        return scratch_config(self.cfg.model.type, config)
+        return set_dropout(scratch_config(self.cfg.model.type, config), self.cfg.model.dropout)
 
     def hf_class(self) -> Any:
         from transformers import AutoModelForCausalLM

@@ -242,15 +242,15 @@ class Supervised(Recipe):
     # Model
 
     def model_config(self) -> PretrainedConfig:
-        from recipes.models.build import scratch_config
+        from recipes.models.build import scratch_config, set_dropout
+        from recipes.models.pretrained import pretrained_config
 
         if self._folder:
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+            config = pretrained_config(self.cfg.model, self._folder)
         else:
             assert self.cfg.model.type is not None  # a rule: one of type and path is given
             config = scratch_config(self.cfg.model.type, {**self.scratch_defaults(), **self.cfg.model.config})
+            set_dropout(config, self.cfg.model.dropout)
         self.set_heads(config)
         return config
 

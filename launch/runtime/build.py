@@ -47,12 +47,12 @@ def build(
     with memory_goes_back() if "place" in settings else nullcontext():
         zero3 = _sharder(ds_config, topology.grid) if stage3 else None
         folder = recipe.weights()
-        if folder is not None and recipe.new_head():
-            settings |= {"config": recipe.model_config(), "new_head_seed": cfg.seed}
-        if folder is not None:
-            model = from_pretrained(recipe.hf_class(), folder, **settings)
+        config = recipe.model_config()
+        if folder is None:
+            model = from_scratch(recipe.hf_class(), config, seed=cfg.seed, **settings)
         else:
-            model = from_scratch(recipe.hf_class(), recipe.model_config(), seed=cfg.seed, **settings)
+            new_head = cfg.seed if recipe.new_head() else None
+            model = from_pretrained(recipe.hf_class(), folder, config=config, new_head_seed=new_head, **settings)
     checkpoint_layers(model, cfg.train.activation_checkpointing)
     if cfg.train.compile:
         compile_layers(model)

@@ -72,6 +72,24 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
         raise RequestError(_refused(model_type, error)) from None
 
 
+def set_dropout(config: PretrainedConfig, probability: float | None) -> PretrainedConfig:
+    """Every dropout of a configuration (attention, hidden states, embeddings, head), in place; None: as it is.
+
+    Raises RequestError when the family has none to set.
+    """
+    if probability is None:
+        return config
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int | float | None)}
+    names = [name for name in numbers if "dropout" in name or name.endswith("pdrop")]
+    names = [name for name in names if not isinstance(numbers[name], bool)]
+    if not names and probability:
+        rule = f"{config.model_type} has no dropout"
+        raise RequestError(Problem("model.dropout", str(probability), rule, "model.dropout=null"))
+    for name in names:
+        setattr(config, name, probability)
+    return config
+
+
 def check_buildable(
     hf_class: Any, config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
 ) -> list[Problem]:
@@ -265,12 +283,12 @@ def from_pretrained(
 
     With `divide` or `place` it is filled layer by layer, from the tensors that this rank's part needs: no more than one
     whole layer is ever in memory. With `new_head_seed` what stands outside of the base model may be missing there and
-    is then new, by the family's own initialisation; `config` says of it what the folder's cannot. Raises RequestError
-    when other weights are missing.
+    is then new, by the family's own initialisation. `config`, when given, goes instead of the folder's: the head and
+    the dropout are the request's. Raises RequestError when other weights are missing.
     """
     if divide is None and place is None and new_head_seed is None:
         model = hf_class.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
+            folder, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
         )
         model.config.use_cache = False
         return model

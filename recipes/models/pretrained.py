@@ -43,21 +43,25 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     return _from_gguf(folder, model.gguf_file, progress) if model.gguf_file else folder
 
 
-def pretrained_config(model: ModelConfig) -> PretrainedConfig:
-    """The configuration of `model.path`, without its weights. Raises RequestError when there is none."""
+def pretrained_config(model: ModelConfig, folder: Path | None = None) -> PretrainedConfig:
+    """The configuration of `model.path` with `model.dropout`, without its weights.
+
+    folder: where `local_folder` has put the model, if it has. Raises RequestError when there is no configuration.
+    """
     from transformers import AutoConfig
 
-    from recipes.models.build import package_folder
+    from recipes.models.build import package_folder, set_dropout
 
     assert model.path is not None  # the caller asks only then
-    folder = package_folder(model.path) or model.path
-    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
+    folder_or_name = folder or package_folder(model.path) or model.path
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **extra)
+        config = AutoConfig.from_pretrained(folder_or_name, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         rule = f"no model configuration there: {reason}"
         raise RequestError(Problem("model.path", model.path, rule, "a local folder or package:NAME")) from error
+    return set_dropout(config, model.dropout)
 
 
 def _from_hub(name: str) -> Path:
