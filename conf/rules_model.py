@@ -33,8 +33,6 @@ def origin(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     elif model.path is not None and model.config:
         rule = "a pretrained model brings its own config"
         yield Problem("model.config", shown(sorted(model.config)), rule, "leave model.config out")
-    if model.dropout is not None and not 0 <= model.dropout < 1:
-        yield Problem("model.dropout", str(model.dropout), "must be at least 0 and below 1", "model.dropout=0.1")
     if model.gguf_file is not None and model.path is None:
         yield Problem("model.gguf_file", model.gguf_file, "needs model.path, the folder it is in", "model.path=FOLDER")
 

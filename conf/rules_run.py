@@ -8,13 +8,13 @@ from pathlib import Path
 
 from conf.batch import Layout
 from conf.environment import Environment
-from conf.errors import Problem
+from conf.errors import Problem, did_you_mean
 from conf.rules_values import changed, shown
-from conf.schema import Config
+from conf.schema import BAD_STEPS, Config
 
 RUN_FILES = (
     "config.yaml", "ds_config.json", "metrics.jsonl", "metrics.csv", "evaluations.csv", "summary.json", "loss.png",
-    "predictions.jsonl",
+    "predictions.jsonl", "bad_steps.jsonl",
 )  # fmt: skip
 RUN_FOLDERS = ("model", "logs", "tensorboard", "checkpoints")
 """What a run writes into its directory."""
@@ -90,27 +90,51 @@ def installed_trackers(cfg: Config, layout: Layout, env: Environment) -> Iterato
             yield Problem("track.to", shown(cfg.track.to), rule, f"pip install {name}, or track=csv")
 
 
-def checkpoints(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """What is saved can be resumed: optimizers and places of the state that no other layout could take over."""
-    if not cfg.checkpoint.every:
-        if changed(cfg.checkpoint, "keep"):
-            yield Problem("checkpoint.keep", str(cfg.checkpoint.keep), "none is written", "checkpoint.every=50")
-        if cfg.resume is None:
-            return
-    key, value, off = ("resume", cfg.resume, "null") if cfg.resume else ("checkpoint.every", cfg.checkpoint.every, "0")
-    nearest = f"{key}={off}"
+def unsaveable(cfg: Config) -> tuple[str, str] | None:
+    """(why the state of such a run cannot be resumed, what works instead), or None."""
     if cfg.optimizer.name.lower() not in RESUMED:
         rule = f"the state of {cfg.optimizer.name} cannot be taken over by another layout; {', '.join(RESUMED)} can"
-        yield Problem(key, str(value), rule, f"{nearest}, or optimizer=adamw")
+        return rule, "optimizer=adamw"
     if "nvme" in (cfg.zero.offload_optimizer, cfg.zero.offload_param):
-        yield Problem(
-            key, str(value), "state that is swapped to NVMe is not read", f"{nearest}, or zero=stage3_offload"
-        )
+        return "state that is swapped to NVMe is not read", "zero=stage3_offload"
     if cfg.zero.hpz_partition_size > 1:
-        rule = "the second shards of ZeRO++ (zero.hpz_partition_size) are not filled at resume"
-        yield Problem(key, str(value), rule, f"{nearest}, or zero=stage3")
+        return "the second shards of ZeRO++ (zero.hpz_partition_size) are not filled at resume", "zero=stage3"
+    return None
+
+
+def checkpoints(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """What is saved can be resumed, and what stays of it is said where something is saved."""
+    saving = cfg.checkpoint
+    regular = bool(saving.every) or saving.minutes is not None
+    for key in ("keep", "keep_best"):
+        if changed(saving, key) and not regular:
+            yield Problem(f"checkpoint.{key}", str(getattr(saving, key)), "none is written", "checkpoint.every=50")
+    if saving.keep_best and cfg.eval.metric is None:
+        rule = "no metric says which is best"
+        yield Problem("checkpoint.keep_best", str(saving.keep_best), rule, "eval.every=50 eval.metric=loss")
+    wanted: dict[str, object] = {
+        "resume": cfg.resume,
+        "checkpoint.every": saving.every or None,
+        "checkpoint.minutes": saving.minutes,
+    }
+    asked = next((key for key, value in wanted.items() if value is not None), None)
+    if asked is not None and (problem := unsaveable(cfg)) is not None:
+        off = "0" if asked == "checkpoint.every" else "null"
+        yield Problem(asked, str(wanted[asked]), problem[0], f"{asked}={off}, or {problem[1]}")
     if cfg.resume is not None and cfg.overwrite:
         yield Problem("overwrite", "true", "resume continues the run that overwrite would delete", "overwrite=false")
+
+
+def faults(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """What is done about a bad step, and keys that only some answers have."""
+    answer, key = cfg.faults.on_bad_step, "faults.on_bad_step"
+    if answer not in BAD_STEPS:
+        near = did_you_mean(answer, BAD_STEPS) or BAD_STEPS[0]
+        yield Problem(key, answer, f"must be one of {', '.join(BAD_STEPS)}", f"{key}={near}")
+    elif answer == "rewind" and not cfg.checkpoint.every and cfg.checkpoint.minutes is None:
+        yield Problem(key, answer, "without checkpoints there is nothing to go back to", "checkpoint.every=50")
+    if answer == "stop" and changed(cfg.faults, "bad_steps"):
+        yield Problem("faults.bad_steps", str(cfg.faults.bad_steps), "the first one stops the run", f"{key}=skip")
 
 
 def run_dir(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -181,4 +205,6 @@ def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         yield Problem("eval.beams", str(cfg.eval.beams), f"{cfg.task} does not search", "eval.beams=1")
 
 
-RULES = (best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, run_dir)
+RULES = (
+    best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, faults, run_dir,
+)  # fmt: skip

@@ -53,6 +53,7 @@ ANY_COUNT, SOME, POSITIVE, SHARE = Range(0), Range(1), Range(0, open=True), Rang
 
 RANGES: dict[str, Range] = {
     "seed": Range(0, 2**32 - 1),
+    "model.dropout": Range(0, 0.999999),
     "data.seq_length": Range(2),
     "data.vocab_size": Range(260),
     "data.held_out": Range(0, 1, open=True),
@@ -79,7 +80,13 @@ RANGES: dict[str, Range] = {
     "zero.param_persistence_threshold": ANY_COUNT,
     "zero.hpz_partition_size": SOME,
     "checkpoint.every": ANY_COUNT,
+    "checkpoint.minutes": POSITIVE,
     "checkpoint.keep": SOME,
+    "checkpoint.keep_best": ANY_COUNT,
+    "checkpoint.grace_s": POSITIVE,
+    "faults.spike": Range(1, open=True),
+    "faults.bad_steps": SOME,
+    "faults.stall_s": ANY_COUNT,
     "eval.every": ANY_COUNT,
     "eval.micro_size": SOME,
     "eval.new_tokens": SOME,

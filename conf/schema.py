@@ -28,6 +28,7 @@ OVERLONG = ("truncate", "refuse")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
 OFFLOADS = ("none", "cpu", "nvme")
 DEVICES = ("auto", "cpu", "cuda")
+BAD_STEPS = ("stop", "skip", "rewind")
 
 
 @dataclass
@@ -279,8 +280,28 @@ class CheckpointConfig:
 
     every: int = 0
     """Save each n optimizer steps and after the last; 0: only when a signal asks for it (SIGTERM, Ctrl-C, SIGUSR1)."""
+    minutes: float | None = None
+    """Save when this many minutes have passed since the last one, and after the last step; null: not by the clock."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    keep_best: int = 0
+    """How many of the best ones by `eval.metric` stay besides; a checkpoint counts with the evaluation of its step."""
+    grace_s: float = 60.0
+    """After SIGTERM or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands."""
+
+
+@dataclass
+class FaultsConfig:
+    """What a run does when something goes wrong in it."""
+
+    on_bad_step: str = "stop"
+    """stop | skip (no update, the next batch) | rewind (to the last checkpoint, and on without these samples)."""
+    spike: float | None = None
+    """A loss or gradient norm this many times its median over 20 good steps is bad too; null: only inf and nan."""
+    bad_steps: int = 10
+    """So many bad steps in a row are passed over (rewind: in the whole run), then the run stops."""
+    stall_s: float = 1800.0
+    """A run in which nothing happens for this long ends, and says which rank does not go on, and where; 0: never."""
 
 
 @dataclass
@@ -339,6 +360,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     resume: str | None = None
     """Continue from a checkpoint: its folder, a run directory, or `auto` (the newest one of run_dir); null: do not."""
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
             raise
         if isinstance(error, InterruptedRunError):
             terminal.say(str(error))
-            return EXIT_CODE if error.saved else 1
+            return EXIT_CODE if error.resumable else 1
         traceback.print_exc()
         if not _caused_by_another_rank(error):
             terminal.error.write(

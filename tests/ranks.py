@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from launch.runtime.processes import free_port
+from launch.runtime.processes import free_port, join, ranks_from_environment
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "deepspeed", "transformers", "launch.runtime.engine", "recipes.causal_lm"])
@@ -31,10 +31,7 @@ def _child(rank: int, world: int, port: int, pipe: Connection, function: Callabl
     try:
         import torch
 
-        torch.set_num_threads(1)
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        join(ranks_from_environment(), "cpu", threads=1)
         pipe.send((True, function(rank, world, *arguments)))
         torch.distributed.barrier()
     except BaseException:

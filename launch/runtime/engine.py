@@ -23,6 +23,7 @@ from conf.errors import RequestError
 from conf.schema import Config
 from launch.runtime.allocator import memory_stays
 from launch.runtime.build import build
+from launch.runtime.fragments import optimizer_of
 from launch.runtime.schedule import lr_factor
 from launch.runtime.topology import topology
 from recipes.base import Prediction, Recipe
@@ -35,8 +36,16 @@ NumpyBatch = Mapping[str, np.ndarray]
 Outputs = dict[str, np.ndarray]
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite. The update it would have caused did not happen."""
+class BadStepError(RuntimeError):
+    """A loss or gradient is not one to learn from. The update it would have caused did not happen."""
+
+
+class NonFiniteError(BadStepError):
+    """It is not a finite number."""
+
+
+Verdict = Callable[[float | None, float | None], str | None]
+"""(loss, or None; norm of the gradient, or None) → what is wrong with them. The same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,10 @@ class Engine:
             mpu=self.topology.grid,
             dist_init_required=False,
         )
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before each update; who reads the state from another thread has it wait."""
+        self._bad: BadStepError | None = None
+        self._guard_updates()
         self.ds.eval()
         self._adopt()
         self.ds.train()
@@ -185,12 +198,16 @@ class Engine:
         return self._sum(*(count * self._counts_rows for count in counts))
 
     def train_step(
-        self, micro_batches: Sequence[NumpyBatch], inspect: Callable[[Engine], None] | None = None
+        self,
+        micro_batches: Sequence[NumpyBatch],
+        inspect: Callable[[Engine], None] | None = None,
+        verdict: Verdict = lambda loss, norm: None,
     ) -> StepResult:
         """Forward and backward over this rank's `accumulation` micro-batches, then one update.
 
         `inspect` is called when the gradient is complete and before it is clipped or used.
-        Raises NonFiniteError before the weights change.
+        Raises BadStepError where loss or gradient are not finite, or `verdict` finds something in them: the step is
+        over then, weights and optimizer are as before it, and the next one can be taken.
         """
         counts = np.sum([(*self.recipe.count(batch), self.recipe.places(batch)) for batch in micro_batches], axis=0)
         supervised, tokens, places = self._sum_counts(*counts.tolist())
@@ -199,22 +216,34 @@ class Engine:
         lr = self.ds.get_lr()[0]
         norm: float | None = None
         total = 0.0
+        self._bad, self._verdict = None, verdict
 
         def before_update(loss: torch.Tensor) -> None:
             nonlocal norm, total
             total = self._sum_losses(loss)
             if not np.isfinite(total):
-                raise NonFiniteError(f"loss is {total}" + ("" if torch.isfinite(loss) else " (on this rank)"))
+                where = "" if torch.isfinite(loss) else " (on this rank)"
+                self._bad = NonFiniteError(f"loss is {total}{where}")
+            elif problem := verdict(total / supervised, None):
+                self._bad = BadStepError(problem)
             if inspect is not None:
                 inspect(self)
-            norm = self._norm_without_zero() if self._stage == 0 and self._is_plain else None
+            if self._stage == 0 and self._is_plain:
+                norm = self._norm_without_zero()
+                self._judge_norm(norm)
+            self.before_change()
 
+        position = self.ds.lr_scheduler.last_epoch
         self._run(micro_batches, self.layout.replicas / supervised, before_update)
         if norm is None:
             norm = float(self.ds.get_global_grad_norm())
         applied = not getattr(self.ds.optimizer, "overflow", False)
         if not applied and not self._dynamic_scale:
-            raise NonFiniteError(f"gradient norm is {norm}")
+            self._bad = self._bad or NonFiniteError(f"gradient norm is {norm}")
+        if self._bad is not None:
+            if self.ds.lr_scheduler.last_epoch == position:  # the engine passes over it where it saw the overflow
+                self.ds.lr_scheduler.step()
+            raise self._bad
         grad_norm = None if self._norm_is_of_update else norm
         return StepResult(
             total / supervised,
@@ -226,6 +255,30 @@ class Engine:
             self._bubble(),
             1 - tokens / places,
         )
+
+    _verdict: Verdict
+
+    def _judge_norm(self, norm: float) -> None:
+        if self._bad is None and not np.isfinite(norm):
+            self._bad = NonFiniteError(f"gradient norm is {norm}")
+        elif self._bad is None and (problem := self._verdict(None, norm)):
+            self._bad = BadStepError(problem)
+
+    def _guard_updates(self) -> None:
+        """torch's optimizer leaves the weights alone in a bad step; what the engine does around it goes on as ever.
+
+        So gradients are cleared, and micro-batches counted, at every ZeRO stage in the engine's own way.
+        """
+        inner = optimizer_of(self.ds.optimizer)
+        update = inner.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            norm = getattr(self.ds.optimizer, "_global_grad_norm", None)
+            if norm is not None and not self._is_plain and not self._norm_is_of_update:
+                self._judge_norm(float(norm))
+            return update(*args, **kwargs) if self._bad is None else None
+
+        inner.step = step  # type: ignore[method-assign]
 
     def _bubble(self) -> float | None:
         return None
@@ -255,8 +308,6 @@ class Engine:
         norm = float(torch.nn.utils.get_total_norm(mine)) if mine else 0.0
         if self.layout.tensor * self.layout.pipeline > 1:
             norm = float(np.sqrt(self._sum(norm**2)[0] / self.layout.replicas))
-        if not np.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
         return norm
 
     def _counts_in_norm(self, parameter: nn.Parameter) -> bool:

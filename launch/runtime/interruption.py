@@ -1,11 +1,13 @@
-"""SIGTERM and Ctrl-C during training: the step is finished, a checkpoint written, and the exit code says resume me."""
+"""SIGTERM, Ctrl-C and SIGUSR1 in a run: a step is finished, a checkpoint written, and the exit code says resume me."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -16,19 +18,22 @@ TOGETHER_S = 2.0
 
 
 class InterruptedRunError(RuntimeError):
-    """The run stopped at a signal. saved: behind a checkpoint."""
+    """The run stopped at a signal. resumable: nothing is lost, or nothing behind the last whole checkpoint."""
 
-    def __init__(self, step: int, steps: int, saved: bool):
-        how = "resume=auto continues from there" if saved else "without a checkpoint of it"
-        super().__init__(f"stopped after step {step} of {steps}, {how}")
-        self.saved = saved
+    def __init__(self, text: str, resumable: bool = True):
+        super().__init__(text)
+        self.resumable = resumable
 
 
 class Wishes:
     """What signals asked of this process. Who asks again, later, to stop is obeyed at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float, too_late: Callable[[], int]):
+        """too_late: called `grace_s` seconds after the wish to stop, from another thread; the process's exit code."""
         self.stop = self.save = False
+        self.patient = False
+        """Whether wishes are looked at between steps. Before there are any, a wish to stop is an exception at once."""
+        self._grace_s, self._too_late = grace_s, too_late
         self._asked = 0.0
 
     def __call__(self, number: int, frame: object) -> None:
@@ -36,6 +41,8 @@ class Wishes:
             self.save = True
         elif not self.stop:
             self.stop, self._asked = True, time.monotonic()
+            if not self.patient:
+                raise InterruptedRunError("stopped before the first step")
         elif time.monotonic() - self._asked > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -46,9 +53,37 @@ class Wishes:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        # Python runs handlers between two instructions of the main thread, which may hang in a collective call. The
+        # number of a signal is written here at once.
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        deadline = threading.Thread(target=self._wait, args=(ours,), name="deadline", daemon=True)
+        deadline.start()
         before = {number: signal.signal(number, self) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            theirs.close()  # ends the thread
+            deadline.join()
+            ours.close()
+
+    def _wait(self, numbers: socket.socket) -> None:
+        """Let the deadline of a wish to stop pass, unless the block ends before."""
+        while received := numbers.recv(1):
+            if received[0] in (signal.SIGTERM, signal.SIGINT):
+                break
+        else:
+            return
+        end = time.monotonic() + self._grace_s
+        while (left := end - time.monotonic()) > 0:
+            numbers.settimeout(left)
+            try:
+                if not numbers.recv(64):
+                    return
+            except TimeoutError:
+                break
+        os._exit(self._too_late())

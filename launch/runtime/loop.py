@@ -12,22 +12,23 @@ import numpy as np
 
 from conf.batch import Layout, sizes
 from conf.schema import Config
-from launch.runtime.engine import Engine, Evaluation, NonFiniteError
+from launch.runtime.bad_steps import Guard
+from launch.runtime.engine import BadStepError, Engine, Evaluation, NonFiniteError, StepResult
 from recipes.base import Recipe
 
 Row = dict[str, Any]
 
 
-def sample_indices(step: int, rank: int, cfg: Config, layout: Layout) -> list[range]:
-    """Global sample indices of the micro-batches of data rank `rank`. Step s takes [s·G, (s+1)·G) in every layout."""
+def sample_indices(batch: int, rank: int, cfg: Config, layout: Layout) -> list[range]:
+    """Global sample indices of the micro-batches of data rank `rank`. Batch b is [b·G, (b+1)·G) in every layout."""
     global_size, micro, accumulation = sizes(cfg.batch)
-    firsts = [step * global_size + (m * layout.data + rank) * micro for m in range(accumulation)]
+    firsts = [batch * global_size + (m * layout.data + rank) * micro for m in range(accumulation)]
     return [range(first, first + micro) for first in firsts]
 
 
-def training_batches(step: int, rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> list[dict[str, np.ndarray]]:
-    """The micro-batches of data rank `rank` in optimizer step `step`."""
-    parts = sample_indices(step, rank, cfg, layout)
+def training_batches(batch: int, rank: int, recipe: Recipe, cfg: Config, layout: Layout) -> list[dict[str, np.ndarray]]:
+    """The micro-batches of data rank `rank` of a global batch."""
+    parts = sample_indices(batch, rank, cfg, layout)
     return [recipe.collate([recipe.train.row(i) for i in part], len(part)) for part in parts]
 
 
@@ -64,6 +65,30 @@ class Progress:
     """Evaluations since then."""
     evaluated_at: int = -1
     """The step after which there was an evaluation last."""
+    passed_over: list[int] = field(default_factory=list)
+    """Global batches that are not learned from: bad ones, after a rewind."""
+    rows: int = 0
+    """Rows of metrics so far."""
+    value: float | None = None
+    """`eval.metric` at the last evaluation."""
+    recent: list[list[float]] = field(default_factory=list)
+    """(loss, norm of the gradient) of the latest good steps; what `faults.spike` is measured against."""
+
+    @property
+    def batch(self) -> int:
+        """The global batch of the next step."""
+        batch = self.step
+        for bad in sorted(self.passed_over):
+            batch += bad <= batch
+        return batch
+
+
+class RewindError(Exception):
+    """A bad step is to be undone: the run goes on from its last checkpoint, without this global batch."""
+
+    def __init__(self, batch: int):
+        super().__init__(f"global batch {batch} is passed over")
+        self.batch = batch
 
 
 class Judge:
@@ -80,6 +105,7 @@ class Judge:
         if self._metric not in metrics:
             raise RuntimeError(f"eval.metric={self._metric}: this data set has {', '.join(metrics)}")
         value, best = metrics[self._metric], self._progress.best
+        self._progress.value = value
         better = best is None or (value > best if self._largest else value < best)
         self._progress.waiting = 0 if better else self._progress.waiting + 1
         if better:
@@ -95,27 +121,41 @@ def run(
     engine: Engine, recipe: Recipe, cfg: Config, layout: Layout, rank: int, steps: int,
     log: Callable[[Row], None], keep: Callable[[Evaluation], None] = lambda evaluation: None,
     progress: Progress | None = None, after_step: Callable[[Progress], bool] = lambda progress: True,
+    bad_step: Callable[[Row], None] = lambda row: None, check: Callable[[str], None] = lambda what: None,
 ) -> Progress:  # fmt: skip
     """Train up to `steps` optimizer steps, evaluating before the first, every `eval.every` and after the last.
 
     `log` gets one row per step and one per evaluation (with `split`). `keep` is called by all ranks with the evaluation
     of a model that is to be kept: each time `eval.metric` is better than before, or without one after the last step.
     progress: where an earlier run stopped; it is carried on and returned. `after_step` is called after each step, its
-    row and its evaluation, and ends the run by False.
-    Raises NonFiniteError, with step, rank and sample indices, before a bad update reaches the weights.
+    row and its evaluation, and ends the run by False. `check` is called before each step and between the parts of an
+    evaluation, by all ranks at the same places, with a word for what follows, and may raise. `bad_step` gets a row
+    about each step without an update.
+    Raises BadStepError, with step, rank and sample indices, where `faults.on_bad_step` is stop, and RewindError where
+    it is rewind; the weights are those of the step before.
     """
     progress = progress or Progress()
     data_rank = layout.place(rank).data
     judge = Judge(cfg, recipe, progress)
+    guard = Guard(cfg.faults, progress)
+
+    def write(row: Row) -> None:
+        progress.rows += 1
+        log(row)
+
+    def checked(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches:
+            check(f"the evaluation after step {progress.step}")
+            yield batch
 
     def evaluate() -> Evaluation:
         started = time.perf_counter()
-        evaluation = engine.evaluate(held_out_batches(data_rank, recipe, cfg, layout))
+        evaluation = engine.evaluate(checked(held_out_batches(data_rank, recipe, cfg, layout)))
         metrics, step = evaluation.metrics, progress.step
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteError(f"after step {step}: the held-out loss is {metrics['loss']}; no model is exported")
-        log({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
         progress.evaluated_at = step
+        write({"step": step, "split": "held_out", **metrics, "eval_s": round(time.perf_counter() - started, 3)})
         return evaluation
 
     def judged(last: bool) -> bool:
@@ -126,41 +166,54 @@ def run(
             keep(evaluation)
         return not judge.has_enough
 
-    if progress.evaluated_at < 0:
-        progress.first = progress.last = evaluate().metrics
-    while progress.step < steps:
-        step = progress.step
+    def take_step() -> None:
+        batch = progress.batch
         started = time.perf_counter()
+        result: StepResult | None = None
         try:
-            result = engine.train_step(training_batches(step, data_rank, recipe, cfg, layout))
-        except NonFiniteError as error:
-            samples = [list(part) for part in sample_indices(step, data_rank, cfg, layout)]
-            raise NonFiniteError(
-                f"step {step + 1}, rank {rank}: {error}; this rank's sample indices: {samples}. "
-                "The weights are those of the step before."
-            ) from None
+            result = engine.train_step(training_batches(batch, data_rank, recipe, cfg, layout), verdict=guard.verdict)
+        except BadStepError as error:
+            answer_to(error, batch)
         seconds = time.perf_counter() - started
         progress.step += 1
-        progress.tokens += result.tokens
-        log(
-            {
-                "step": progress.step,
-                "loss": result.loss,
-                "lr": result.lr,
-                "grad_norm": result.grad_norm,
-                "tokens": progress.tokens,
-                "samples": progress.step * sizes(cfg.batch)[0],
-                "tokens_per_s": result.tokens / seconds,
-                "padding": round(result.padding, 4),
-                "step_s": seconds,
-                "peak_memory_bytes": engine.peak_memory_bytes(),
-                **({} if result.bubble is None else {"bubble": result.bubble}),
-                **({} if result.applied else {"skipped": True}),
-            }
-        )
-        last = progress.step == steps
-        if (last or (cfg.eval.every and progress.step % cfg.eval.every == 0)) and not judged(last):
-            break
-        if not after_step(progress):
-            break
+        loss = lr = norm = None
+        if result is not None:
+            guard.saw(result)
+            progress.tokens += result.tokens
+            loss, lr, norm = result.loss, result.lr, result.grad_norm
+        samples = progress.step * sizes(cfg.batch)[0]
+        row: Row = {"step": progress.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": progress.tokens}
+        row |= {"samples": samples, "tokens_per_s": result.tokens / seconds if result is not None else None}
+        row |= {"padding": round(result.padding, 4) if result is not None else None, "step_s": seconds}
+        row |= {"peak_memory_bytes": engine.peak_memory_bytes()}
+        row |= {} if result is None or result.bubble is None else {"bubble": result.bubble}
+        write(row | ({} if result is not None and result.applied else {"skipped": True}))
+
+    def answer_to(error: BadStepError, batch: int) -> None:
+        """Say what was bad; return where the run goes on behind it."""
+        action = guard.action()
+        size = sizes(cfg.batch)[0]
+        bad_step({"step": progress.step + 1, "what": str(error), "samples": [batch * size, (batch + 1) * size],
+                  "action": action})  # fmt: skip
+        if action == "rewind":
+            raise RewindError(batch) from None
+        if action == "stop":
+            samples = [list(part) for part in sample_indices(batch, data_rank, cfg, layout)]
+            raise type(error)(
+                f"step {progress.step + 1}, rank {rank}: {error}; this rank's sample indices: {samples}. "
+                "The weights are those of the step before."
+            ) from None
+
+    def is_due() -> bool:
+        every, step = cfg.eval.every, progress.step
+        return step > progress.evaluated_at and step > 0 and (step == steps or bool(every and step % every == 0))
+
+    if progress.evaluated_at < 0:
+        progress.first = progress.last = evaluate().metrics
+    going = not is_due() or judged(progress.step == steps)  # one that a signal interrupted
+    while going and progress.step < steps:
+        check(f"step {progress.step + 1}")
+        take_step()
+        going = not is_due() or judged(progress.step == steps)
+        going = after_step(progress) and going
     return progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,31 +102,55 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl (each on disk before the next step) and hands them to the trackers."""
+    """Appends rows to metrics.jsonl (each on disk before the next step) and hands them to the trackers.
 
-    def __init__(self, path: Path, trackers: list[Tracker], after: int | None = None):
-        """after: carry a log on behind the rows of this step, what came later is dropped; None: a new log."""
-        kept = _rows_until(path, after) if after is not None else []
-        self._file = path.open("w")
-        self._file.writelines(kept)
-        self._file.flush()
-        self._trackers = trackers
+    A full disk, or a folder that went away, does not end the run: rows wait in memory, and are written when they can.
+    """
+
+    def __init__(
+        self, path: Path, trackers: list[Tracker], rows: int = 0, say: Callable[[str], None] = lambda text: None
+    ):
+        """rows: how many of the log's rows stay; what came behind them is dropped."""
+        self._path, self._trackers, self._say = path, trackers, say
+        self._waiting: list[str] = []
+        self._failed = False
+        self.cut(rows)
+
+    def cut(self, rows: int) -> None:
+        """Drop what came behind the first `rows` rows; half a line, left by a crash, is none."""
+        lines = self._path.read_text().splitlines(keepends=True) if rows and self._path.is_file() else []
+        scratch = self._path.with_name(f".{self._path.name}.tmp")
+        scratch.write_text("".join(line for line in lines[:rows] if line.endswith("\n")))
+        scratch.replace(self._path)
 
     def log(self, row: Row) -> None:
-        # One write of one whole line: an interrupted run leaves no half row.
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        """Write a row. The trackers get it in any case."""
+        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
+        self._write()
         for tracker in self._trackers:
-            tracker.log(row)
+            try:
+                tracker.log(row)
+            except OSError as error:
+                self._failure(error)
+
+    def _write(self) -> None:
+        try:
+            # Opened for each row: the file may be gone. One write of whole lines: a crash leaves no half row.
+            with self._path.open("a") as file:
+                file.write("".join(self._waiting))
+            self._waiting.clear()
+            self._failed = False
+        except OSError as error:
+            self._failure(error)
+
+    def _failure(self, error: OSError) -> None:
+        if not self._failed:
+            self._say(f"metrics cannot be written for now ({self._path}: {error.strerror}); training goes on")
+        self._failed = True
 
     def close(self) -> None:
-        self._file.close()
+        """Write what still waits, and close the trackers."""
+        if self._waiting:
+            self._write()
         for tracker in self._trackers:
             tracker.close()
-
-
-def _rows_until(path: Path, step: int) -> list[str]:
-    """The lines of a log up to a step; half a line, left by a crash, is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    whole = (line for line in lines if line.endswith("\n"))
-    return [line for line in whole if json.loads(line)["step"] <= step]

@@ -24,6 +24,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
         self._lock = FileLock(self.path / ".lock")
 
     def create(self, overwrite: bool) -> None:
@@ -65,6 +66,11 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def append_json(self, name: str, row: Any) -> None:
+        """Add a line to a small file of them."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""

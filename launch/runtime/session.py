@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from conf.batch import Layout, batch_line, sizes
 from conf.compose import to_yaml
 from conf.errors import Problem, RequestError
+from conf.rules_run import unsaveable
 from conf.schema import Config
 from launch.runtime import processes
 from launch.runtime.console import Bar, Terminal
@@ -24,8 +26,9 @@ from recipes.base import Prediction, Recipe
 
 if TYPE_CHECKING:
     from launch.runtime.checkpoint import Checkpoint
-    from launch.runtime.engine import Engine
+    from launch.runtime.engine import Engine, Evaluation
     from launch.runtime.loop import Progress
+    from launch.runtime.saving import Saving
 
 NOT_SHOWN = ("step", "split", "loss", "eval_s", "bits_per_token")
 
@@ -99,69 +102,95 @@ def _train(
     device: Any,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    from launch.runtime import loop
-    from launch.runtime.checkpoint import Checkpoints
-    from launch.runtime.engine import Evaluation
+    from launch.runtime import fingerprint, loop
+    from launch.runtime.caretaker import Caretaker, StopAsked, too_late
     from launch.runtime.export import export
-    from launch.runtime.interruption import InterruptedRunError, Wishes
+    from launch.runtime.interruption import Wishes
     from launch.runtime.plots import plot_loss
+    from launch.runtime.saving import Saving
     from launch.runtime.staged import make_engine
+    from launch.runtime.watchdog import Watchdog
 
-    cfg, layout, first = request.cfg, request.layout, request.ranks.first
-    fingerprint = str(recipe.report["fingerprint"])
-    found = _resumed(request, run_dir, fingerprint, terminal)
-    if first:
-        run_dir.write_text("config.yaml", to_yaml(cfg))
-        run_dir.write_json("ds_config.json", engine_config)
-    engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
-    progress = loop.Progress()
-    if found is not None:
-        progress = restored(engine, found, layout)
-    trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
-    metrics = MetricsLog(run_dir.metrics, trackers, progress.step if found else None) if first else None
-    bar = Bar(terminal, "training", steps)
-    checkpoints = Checkpoints(run_dir.path, cfg.checkpoint.keep, asdict(cfg), fingerprint)
-    wishes = Wishes()
+    cfg, layout, first, rank = request.cfg, request.layout, request.ranks.first, request.ranks.rank
+    data = str(recipe.report["fingerprint"])
+    saving = Saving(run_dir.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.keep_best, asdict(cfg), data, terminal.say)
 
-    def log(row: loop.Row) -> None:
-        if metrics is not None:
-            metrics.log(row)
-        if "split" in row:
-            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
-        else:
-            bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
+    def complain(text: str) -> None:
+        print(text, file=terminal.error, flush=True)
 
-    def after_step(progress: loop.Progress) -> bool:
-        stop, save = engine.any_of(wishes.stop, wishes.save)
-        wishes.save = False
-        every, last = cfg.checkpoint.every, progress.step == steps
-        saved = None
-        if save or stop or (every and (last or progress.step % every == 0)):
-            saved = checkpoints.save(engine, progress.step, asdict(progress))
-            terminal.say(f"step {progress.step}: " + (f"no checkpoint: {saved}" if saved else "checkpoint"))
-        if stop and not last:
-            raise InterruptedRunError(progress.step, steps, saved is None)
-        return True
+    def late() -> int:
+        return too_late(run_dir.checkpoints, cfg.checkpoint.grace_s, complain if first else lambda text: None)
 
-    predictions: list[Prediction] = []
+    watchdog = Watchdog(run_dir.logs, rank, layout.world, cfg.faults.stall_s, complain)
+    wishes = Wishes(cfg.checkpoint.grace_s, late)
+    with wishes.heard(), watchdog:
+        fingerprint.compare(fingerprint.of_start(cfg, data), "request, code and data")
+        if first:
+            saving.sweep()
+        found = _resumed(request, run_dir, data, terminal)
+        if first:
+            run_dir.write_text("config.yaml", to_yaml(cfg))
+            run_dir.write_json("ds_config.json", engine_config)
+        engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
+        fingerprint.compare({"parameters": fingerprint.parameters(engine)}, "model")
+        progress = restored(engine, found, layout) if found is not None else loop.Progress()
+        trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
+        metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, terminal.say) if first else None
+        bar = Bar(terminal, "training", steps)
+        caretaker = Caretaker(
+            engine, saving, wishes, cfg.checkpoint, steps, unsaveable(cfg) is None,
+            recipe.METRICS.get(cfg.eval.metric or ""), watchdog.beat,
+        )  # fmt: skip
+        predictions: list[Prediction] = []
 
-    def keep(evaluation: Evaluation) -> None:
-        export(engine, recipe, run_dir.model, first)
-        predictions[:] = evaluation.predictions
-        if first and predictions:
-            rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            run_dir.write_text("predictions.jsonl", "".join(lines))
+        def log(row: loop.Row) -> None:
+            if metrics is not None:
+                metrics.log(row)
+            if "split" in row:
+                terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
+            elif row["loss"] is not None:
+                bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
 
-    started = time.perf_counter()
-    try:
-        with wishes.heard():
-            outcome = loop.run(engine, recipe, cfg, layout, request.ranks.rank, steps, log, keep, progress, after_step)
-    finally:
-        bar.close()
-        if metrics is not None:
-            metrics.close()
-    seconds = time.perf_counter() - started
+        def bad_step(row: loop.Row) -> None:
+            terminal.say(f"step {row['step']}: {row['what']}; samples {row['samples']}: {row['action']}")
+            if first:
+                run_dir.append_json("bad_steps.jsonl", row)
+
+        def keep(evaluation: Evaluation) -> None:
+            export(engine, recipe, run_dir.model, first)
+            predictions[:] = evaluation.predictions
+            if first and predictions:
+                rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                run_dir.write_text("predictions.jsonl", "".join(lines))
+
+        def run_on() -> loop.Progress:
+            return loop.run(
+                engine, recipe, cfg, layout, rank, steps, log, keep, progress, caretaker.after_step, bad_step,
+                caretaker.look,
+            )  # fmt: skip
+
+        started = time.perf_counter()
+        wishes.patient = True
+        try:
+            if cfg.faults.on_bad_step == "rewind" and found is None:
+                caretaker.save(progress)
+            while True:
+                try:
+                    outcome = run_on()
+                    break
+                except loop.RewindError as error:
+                    progress = _rewound(request, run_dir, engine, saving, [*progress.passed_over, error.batch])
+                    terminal.say(f"back after step {progress.step}, and on without samples of a bad step")
+                    if metrics is not None:
+                        metrics.cut(progress.rows)
+        except StopAsked:
+            raise caretaker.stop(progress) from None
+        finally:
+            bar.close()
+            if metrics is not None:
+                metrics.close()
+        seconds = time.perf_counter() - started
     summary = {
         "name": cfg.name,
         "steps": outcome.step,
@@ -181,23 +210,46 @@ def _train(
     return summary
 
 
-def _resumed(request: Request, run_dir: RunDir, fingerprint: str, terminal: Terminal) -> Checkpoint | None:
+def _rewound(request: Request, run_dir: RunDir, engine: Engine, saving: Saving, passed_over: list[int]) -> Progress:
+    """The engine at the newest whole checkpoint, and how far the run was then; a collective call."""
+    from launch.runtime.checkpoint import newest
+
+    saving.finish()
+    found = _shared(request, lambda: newest(run_dir.checkpoints))
+    if found is None:
+        raise RuntimeError(f"faults.on_bad_step=rewind: no whole checkpoint in {run_dir.checkpoints} to go back to")
+    progress = restored(engine, found, request.layout)
+    progress.passed_over = sorted({*progress.passed_over, *passed_over})
+    return progress
+
+
+def _resumed(request: Request, run_dir: RunDir, data: str, terminal: Terminal) -> Checkpoint | None:
     """The checkpoint to continue from, the same on all ranks; a collective call. Says what it is and what differs."""
+    from launch.runtime import resume
+
+    def find() -> Checkpoint | None:
+        found = resume.find(request.cfg, run_dir.path, terminal.say)
+        if found is not None:
+            taken = resume.check(found, request.cfg, data)
+            terminal.say(f"resumes after step {found.step}, from {found.folder}")
+            for line in taken:
+                terminal.say(f"  {line}")
+        return found
+
+    return _shared(request, find)
+
+
+def _shared(request: Request, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What rank 0 finds, on all ranks; so is the RequestError that it raises."""
     from torch import distributed as dist
 
-    from launch.runtime import resume
     from launch.runtime.checkpoint import Checkpoint
 
     answer: list[Any] = [None]
     if request.ranks.first:
         try:
-            found = resume.find(request.cfg, run_dir.path, terminal.say)
-            if found is not None:
-                taken = resume.check(found, request.cfg, fingerprint)
-                terminal.say(f"resumes after step {found.step}, from {found.folder}")
-                for line in taken:
-                    terminal.say(f"  {line}")
-                answer = [(found.folder, found.manifest)]
+            found = find()
+            answer = [(found.folder, found.manifest)] if found is not None else [None]
         except RequestError as error:
             answer = [error]
     if request.layout.world > 1:

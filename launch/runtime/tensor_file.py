@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,25 @@ DTYPES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write `tensors` to a safetensors file, in order, to the disk; returns its SHA-256.
+def write_tensors(
+    path: Path, described: Mapping[str, tuple[torch.dtype, Sequence[int]]], values: Iterable[torch.Tensor]
+) -> str:
+    """Write `values` to a safetensors file, in order, to the disk; returns its SHA-256.
 
-    Of what is not on the host, one tensor at a time is copied there. Raises OSError.
+    described: name → (dtype, shape) of each value. Of what is not on the host, one tensor at a time is copied there.
+    Raises OSError.
     """
     header: dict[str, object] = {}
     at = 0
-    for name, value in tensors.items():
-        end = at + value.numel() * value.element_size()
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [at, end]}
+    for name, (dtype, shape) in described.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for part in _parts(len(text).to_bytes(8, "little") + text, tensors.values()):
+        for part in _parts(len(text).to_bytes(8, "little") + text, values):
             digest.update(part)
             file.write(part)
         file.flush()

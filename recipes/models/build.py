@@ -288,7 +288,12 @@ def from_pretrained(
     """
     if divide is None and place is None and new_head_seed is None:
         model = hf_class.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
         model.config.use_cache = False
         return model

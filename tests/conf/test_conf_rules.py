@@ -167,7 +167,6 @@ CASES = [
     (["data.vocab_size=500", "model.tokenizer=x"], "data.vocab_size", ["model.tokenizer=x"], CPU),
     # rules_model
     (["model=pretrained"], "model.path", [*PRETRAINED], CPU),
-    (["model.dropout=1"], "model.dropout", ["model.dropout=0.1"], CPU),
     (["model.path=./whole"], "model.type", [*PRETRAINED], CPU),
     ([*PRETRAINED, "model.config.hidden_size=3"], "model.config", [*PRETRAINED], CPU),
     (["model.gguf_file=x.gguf"], "model.gguf_file",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from launch.runtime.state import SavedState
 from recipes.models.tensor_parallel import Cut
 
 pytestmark = pytest.mark.slow
-BEFORE, AFTER = 4, 10
+BEFORE, AFTER = 10, 10
 RELATIVE = 1e-5
 """Of the losses behind a change of layout: other orders of sums."""
 FROM = (
@@ -65,10 +66,14 @@ class Job:
 
 
 def work(rank: int, world: int, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Of each job: losses, rates, this rank's weights and state as restored or saved, and after the last step."""
-    from launch.runtime.checkpoint import Checkpoints, newest
+    """Of each job: losses, rates, samples, this rank's weights and state as restored or saved, and after the last step.
+
+    A checkpoint is written while the steps behind it are taken.
+    """
+    from launch.runtime.checkpoint import newest
     from launch.runtime.ds_config import ds_config
-    from launch.runtime.loop import Progress, training_batches
+    from launch.runtime.loop import Progress, sample_indices, training_batches
+    from launch.runtime.saving import Saving
     from launch.runtime.session import restored
     from launch.runtime.staged import make_engine
 
@@ -79,20 +84,23 @@ def work(rank: int, world: int, jobs: list[Job]) -> list[dict[str, Any]]:
         recipe.prepare()
         config = ds_config(cfg, layout, "cpu")
         engine = make_engine(recipe, cfg, layout, config, torch.device("cpu"), BEFORE + AFTER)
-        result: dict[str, Any] = {"losses": [], "rates": []}
+        saving = Saving(job.folder / "checkpoints", 2, 0, asdict(cfg), "rows")
+        result: dict[str, Any] = {"losses": [], "rates": [], "samples": []}
         if job.first:
             found = newest(job.folder / "checkpoints")
             assert found is not None and found.step == job.first
             assert restored(engine, found, layout).step == job.first
             result["at"] = weights(engine)
+        data = layout.place(rank).data
         for step in range(job.first, BEFORE + AFTER):
-            done = engine.train_step(training_batches(step, layout.place(rank).data, recipe, cfg, layout))
+            done = engine.train_step(training_batches(step, data, recipe, cfg, layout))
             result["losses"].append(done.loss)
             result["rates"].append(done.lr)
+            result["samples"].append([sample for part in sample_indices(step, data, cfg, layout) for sample in part])
             if not job.first and step + 1 == BEFORE:
-                checkpoints = Checkpoints(job.folder, 2, asdict(cfg), "rows")
-                assert checkpoints.save(engine, BEFORE, asdict(Progress(step=BEFORE))) is None
                 result["at"] = weights(engine)
+                saving.begin(engine, BEFORE, asdict(Progress(step=BEFORE)))
+        assert saving.finish()
         result["last"] = weights(engine)
         engine.ds.destroy()
         results.append(result)
@@ -117,6 +125,12 @@ def whole(ranks: list[dict[str, Any]], moment: str) -> dict[tuple[str, str], np.
         key: np.concatenate([value for *_, value in sorted(parts, key=lambda part: part[:2])])
         for key, parts in found.items()
     }
+
+
+def ledger(ranks: list[dict[str, Any]]) -> list[list[int]]:
+    """The samples of each step, over all ranks."""
+    steps = zip(*(rank["samples"] for rank in ranks), strict=True)
+    return [sorted({sample for part in parts for sample in part}) for parts in steps]
 
 
 def by_rank(world: int, jobs: list[Job]) -> list[list[dict[str, Any]]]:
@@ -161,6 +175,7 @@ def test_any_layout_goes_on_in_any_other(to: Case) -> None:
         expected = before[0]["losses"][BEFORE:]
         worst[case] = max(float(np.abs(np.array(rank["losses"]) / expected - 1).max()) for rank in after)
         assert all(rank["rates"] == before[0]["rates"][BEFORE:] for rank in after)
+        assert ledger(after) == ledger(before)[BEFORE:]
         found = read(folder / "checkpoints" / f"step_{BEFORE:08d}")
         saved = SavedState(found.files, found.manifest["tensors"], found.manifest["layout"]["tensor"])
         held = whole(after, "at")
@@ -192,9 +207,9 @@ class Full(OSError):
 def saves_on_a_full_disk(rank: int, world: int, folder: Path) -> list[Any]:
     """Save once; then fail at each write of another save, and at its rename; then save again. What each one said."""
     import launch.runtime.tensor_file as tensor_file
-    from launch.runtime.checkpoint import Checkpoints
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import Progress
+    from launch.runtime.saving import Saving
     from launch.runtime.staged import make_engine
     from launch.runtime.state import own_tensors
 
@@ -202,12 +217,14 @@ def saves_on_a_full_disk(rank: int, world: int, folder: Path) -> list[Any]:
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
     engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 2)
-    checkpoints = Checkpoints(folder, 2, asdict(cfg), "rows")
+    said: list[str] = []
+    saving = Saving(folder, 2, 0, asdict(cfg), "rows", said.append)
 
-    def save(step: int) -> tuple[str | None, list[str]]:
-        said = checkpoints.save(engine, step, asdict(Progress(step=step)))
+    def save(step: int) -> tuple[bool, str, list[str]]:
+        saving.begin(engine, step, asdict(Progress(step=step)))
+        whole = saving.finish()
         torch.distributed.barrier()
-        return said, sorted(entry.name for entry in checkpoints.folder.iterdir())
+        return whole, said[-1], sorted(entry.name for entry in folder.iterdir())
 
     found = [save(1)]
     parts, rename, last = tensor_file._parts, Path.rename, world - 1
@@ -233,13 +250,24 @@ def saves_on_a_full_disk(rank: int, world: int, folder: Path) -> list[Any]:
     Path.rename = no_rename  # type: ignore[method-assign]
     found.append(save(2))
     Path.rename = rename  # type: ignore[method-assign]
+    dump = json.dump
+
+    def no_manifest(*args: Any, **kwargs: Any) -> None:
+        raise Full
+
+    json.dump = no_manifest
+    found.append(save(2))
+    json.dump = dump
     return [*found, save(2)]
 
 
 def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
-    """At every write of one rank's file, and at the rename: the same is said on all ranks, and nothing half is left."""
-    first, *failed, again = run_ranks(2, saves_on_a_full_disk, tmp_path)[0]
-    assert first == (None, ["step_00000001"]) and again == (None, ["step_00000001", "step_00000002"])
+    """At each write of a rank's file, manifest and rename: all ranks say the same, nothing half is left."""
+    ranks = run_ranks(2, saves_on_a_full_disk, tmp_path)
+    assert ranks[0] == ranks[1]
+    first, *failed, again = ranks[0]
+    assert first == (True, "step 1: checkpoint", ["step_00000001"])
+    assert again == (True, "step 2: checkpoint", ["step_00000001", "step_00000002"])
     assert len(failed) > 20
-    for said, left in failed:
-        assert said is not None and "No space left" in said and left == ["step_00000001"]
+    for whole, said, left in failed:
+        assert not whole and "no checkpoint" in said and "No space left" in said and left == ["step_00000001"]
