@@ -1,7 +1,9 @@
-"""The checkpoints of a run: `python launch/checkpoints.py RUN_DIR [verify=true] [keep=N]`.
+"""The checkpoints of a run: `python launch/checkpoints.py RUN_DIR [verify=true] [keep=N] [export=DIR [step=N]]`.
 
 Lists them, newest first. verify=true reads every file and compares it with what was written; keep=N deletes all but the
-newest N whole ones, and what no save ever finished. Exit code 1 where one is damaged.
+newest N whole ones, and what no save ever finished; export=DIR writes the model of the newest whole one, or of step N,
+as a Hugging Face folder. None is ever converted: any layout reads what any other has written. Exit code 1 where one is
+damaged.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from conf.errors import Problem, RequestError, did_you_mean
-from launch.runtime.checkpoint import MANIFEST, Checkpoint, all_of, unfinished
+from launch.runtime.checkpoint import MANIFEST, Checkpoint, all_of, newest, unfinished
 from launch.runtime.request import run_command, split_arguments
 
 COMMAND = "launch/checkpoints.py"
-USAGE = f"{COMMAND} RUN_DIR [verify=true] [keep=N]"
-OWN = {"verify": "false", "keep": ""}
+USAGE = f"{COMMAND} RUN_DIR [verify=true] [keep=N] [export=DIR [step=N]]"
+OWN = {"verify": "false", "keep": "", "export": "", "step": ""}
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +38,10 @@ def main(argv: list[str]) -> int:
         if not legal:
             rule = "true or false" if key == "verify" else "a number of checkpoints, 1 or more"
             raise RequestError(Problem(key, own[key], rule, f"{key}={'true' if key == 'verify' else 2}"))
+    if own["export"]:
+        return _export(folder, own["export"], own["step"])
+    if own["step"]:
+        raise RequestError(Problem("step", own["step"], "only an export is of one step", "export=DIR step=N"))
     keep = int(own["keep"]) if own["keep"] else None
     whole, damaged = 0, 0
     for entry, found in all_of(folder):
@@ -50,6 +56,36 @@ def main(argv: list[str]) -> int:
         if keep is not None:
             shutil.rmtree(left)
     return 1 if damaged else 0
+
+
+def _export(folder: Path, out: str, step: str) -> int:
+    target = Path(out).expanduser()
+    if target.exists():
+        raise RequestError(Problem("export", out, "exists already and is never overwritten", "another folder"))
+    steps = {str(found.step): found for _, found in all_of(folder) if found is not None}
+    if step and step not in steps:
+        rule = f"this run has checkpoints of {', '.join(steps) or 'no step'}"
+        raise RequestError(Problem("step", step, rule, f"step={next(iter(steps), 'N')}"))
+    found = steps[step] if step else newest(folder, lambda text: print(text, file=sys.stderr))
+    damage = found.damage() if found is not None else ["none of them is whole"]
+    if found is None or damage:
+        raise RequestError(Problem("step", step or "newest", "; ".join(damage), "the step of a whole one"))
+
+    from omegaconf import OmegaConf
+
+    from conf.schema import Config
+    from launch.runtime.export import export_saved
+    from launch.runtime.state import SavedState
+    from recipes import recipe_class
+
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), found.manifest["config"]))
+    assert isinstance(cfg, Config)
+    recipe = recipe_class(cfg.task)(cfg)
+    recipe.prepare()
+    saved = SavedState(found.files, found.manifest["tensors"], found.manifest["layout"]["tensor"])
+    export_saved(saved, recipe, target)
+    print(f"model after step {found.step}  {target}")
+    return 0
 
 
 def _folder(words: list[str]) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.runtime.parents  # noqa: F401 - looks who started this process, while that one is surely there
 from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
 from launch.runtime.session import train

@@ -17,7 +17,12 @@ from typing import Any
 from launch.runtime.processes import free_port, join, ranks_from_environment
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "transformers", "launch.runtime.engine", "recipes.causal_lm"])
+_context.set_forkserver_preload(
+    [
+        "torch", "deepspeed", "transformers", "launch.runtime.engine", "recipes.causal_lm", "launch.train",
+        "launch.runtime.staged", "launch.runtime.plots", "transformers.models.llama.modeling_llama",
+    ]
+)  # fmt: skip
 
 
 def _child(rank: int, world: int, port: int, pipe: Connection, function: Callable[..., Any], arguments: tuple) -> None:

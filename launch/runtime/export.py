@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
 
 from conf.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from launch.runtime.engine import Engine
+    from launch.runtime.state import SavedState
     from recipes.base import Recipe
 
 SHARD_BYTES = 4 * 2**30
@@ -33,9 +35,42 @@ def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_byte
     Parameters are gathered one at a time. The folder appears whole, by a rename, or not at all. Weights are in the
     dtype that training computed with, under the names that the family's checkpoints on the hub have.
     """
-    from transformers.core_model_loading import revert_weight_conversion
+    _write_model(engine.module, recipe, engine.stream(), engine.tensors(), folder, first, shard_bytes)
 
-    model = engine.module
+
+def export_saved(saved: SavedState, recipe: Recipe, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """The same from a checkpoint, in this process alone, tensor by tensor; `recipe` is prepared.
+
+    Raises RequestError when the checkpoint is of another model than the recipe's.
+    """
+    from launch.runtime.engine import persistent_buffers
+    from launch.runtime.fragments import MASTER
+    from launch.runtime.state import BUFFER, FROZEN
+    from recipes.models.build import on_meta
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.cfg.precision.name, torch.float32)
+    model = on_meta(recipe.hf_class(), recipe.model_config(), dtype=dtype, attention=recipe.cfg.model.attention)
+    if (weights := recipe.weights()) is not None and (weights / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(weights)
+    values = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
+    if values.keys() != set(saved.names):
+        other = sorted(values.keys() ^ set(saved.names))
+        raise RequestError(Problem("RUN_DIR", other[0], "a tensor of the checkpoint, or of the model, but not of both"))
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in values.items():
+            kind = next(kind for kind in (MASTER, FROZEN, BUFFER) if saved.has(name, kind))
+            yield name, saved.whole(name, kind).to(value.dtype)
+
+    sizes = {name: value.numel() * value.element_size() for name, value in values.items()}
+    _write_model(model, recipe, stream(), sizes, folder, True, shard_bytes)
+
+
+def _write_model(
+    model: PreTrainedModel, recipe: Recipe, stream: Iterator[tuple[str, torch.Tensor]], sizes: dict[str, int],
+    folder: Path, first: bool, shard_bytes: int,
+) -> None:  # fmt: skip
+    from transformers.core_model_loading import revert_weight_conversion
 
     def describe(scratch: Path) -> None:
         config = model.config
@@ -49,7 +84,7 @@ def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_byte
     def rename(held: Tensors) -> Tensors:
         return revert_weight_conversion(model, held)
 
-    _write(engine.stream(), engine.tensors(), folder, describe, rename, first, shard_bytes)
+    _write(stream, sizes, folder, describe, rename, first, shard_bytes)
 
 
 def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> None:

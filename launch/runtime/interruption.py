@@ -31,8 +31,7 @@ class Wishes:
     def __init__(self, grace_s: float, too_late: Callable[[], int]):
         """too_late: called `grace_s` seconds after the wish to stop, from another thread; the process's exit code."""
         self.stop = self.save = False
-        self.patient = False
-        """Whether wishes are looked at between steps. Before there are any, a wish to stop is an exception at once."""
+        self._looked_at = False
         self._grace_s, self._too_late = grace_s, too_late
         self._asked = 0.0
 
@@ -41,11 +40,15 @@ class Wishes:
             self.save = True
         elif not self.stop:
             self.stop, self._asked = True, time.monotonic()
-            if not self.patient:
-                raise InterruptedRunError("stopped before the first step")
+            if not self._looked_at:
+                raise InterruptedRunError("stopped before the first step of this start")
         elif time.monotonic() - self._asked > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+    def look_later(self) -> None:
+        """From now on wishes are looked at between steps; until here a wish to stop is an exception at once."""
+        self._looked_at = True
 
     @contextmanager
     def heard(self) -> Iterator[None]:

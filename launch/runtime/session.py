@@ -15,18 +15,20 @@ from conf.compose import to_yaml
 from conf.errors import Problem, RequestError
 from conf.rules_run import unsaveable
 from conf.schema import Config
-from launch.runtime import processes
+from launch.runtime import parents, processes
 from launch.runtime.console import Bar, Terminal
 from launch.runtime.ds_config import ds_config
 from launch.runtime.metrics import TRACKERS, MetricsLog
 from launch.runtime.request import Request
 from launch.runtime.run_dir import RunDir
+from launch.runtime.watchdog import Watchdog
 from recipes import recipe_class
 from recipes.base import Prediction, Recipe
 
 if TYPE_CHECKING:
     from launch.runtime.checkpoint import Checkpoint
     from launch.runtime.engine import Engine, Evaluation
+    from launch.runtime.interruption import Wishes
     from launch.runtime.loop import Progress
     from launch.runtime.saving import Saving
 
@@ -70,27 +72,43 @@ def optimizer_steps(cfg: Config, samples: int) -> int:
 
 
 def train(request: Request, terminal: Terminal) -> dict[str, Any]:
-    """Train as requested and return the summary (the content of summary.json). All ranks call it together."""
+    """Train as requested and return the summary (the content of summary.json). All ranks call it together.
+
+    Raises InterruptedRunError where a signal asked it to stop.
+    """
+    from launch.runtime.caretaker import too_late
+    from launch.runtime.interruption import Wishes
+
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     processes.set_environment(ranks, request.device)
-    recipe = prepare(request, terminal)
-    steps = optimizer_steps(cfg, len(recipe.train))
     run_dir = RunDir(cfg.run_dir)
-    engine_config = ds_config(cfg, layout, request.device)
-    run_dir.create(cfg.overwrite and ranks.first and cfg.resume is None)
-    if ranks.first:
-        run_dir.claim(layout.world)
-    terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
-    if (said := recipe.said()) is not None:
-        terminal.say(said)
-    terminal.say("starting the engine (a machine's first run compiles a kernel: about a minute)")
-    terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
-    device = processes.join(ranks, request.device, cfg.train.threads)
-    try:
-        return _train(request, recipe, steps, run_dir, engine_config, device, terminal)
-    finally:
-        processes.leave()
-        run_dir.leave()
+
+    def complain(text: str) -> None:
+        print(text, file=terminal.error, flush=True)
+
+    def late() -> int:
+        return too_late(run_dir.checkpoints, cfg.checkpoint.grace_s, complain if ranks.first else lambda text: None)
+
+    wishes = Wishes(cfg.checkpoint.grace_s, late)
+    with wishes.heard():
+        recipe = prepare(request, terminal)
+        steps = optimizer_steps(cfg, len(recipe.train))
+        run_dir.create(cfg.overwrite and ranks.first and cfg.resume is None)
+        if ranks.first:
+            run_dir.claim(layout.world)
+        terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
+        if (said := recipe.said()) is not None:
+            terminal.say(said)
+        terminal.say("starting the engine (a machine's first run compiles a kernel: about a minute)")
+        terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
+        device = processes.join(ranks, request.device, cfg.train.threads)
+        launcher = parents.Launcher() if parents.LAUNCHED else None
+        try:
+            with Watchdog(run_dir.logs, ranks.rank, layout.world, cfg.faults.stall_s, complain, launcher) as watchdog:
+                return _train(request, recipe, steps, run_dir, device, terminal, wishes, watchdog)
+        finally:
+            processes.leave()
+            run_dir.leave()
 
 
 def _train(
@@ -98,104 +116,93 @@ def _train(
     recipe: Recipe,
     steps: int,
     run_dir: RunDir,
-    engine_config: dict[str, Any],
     device: Any,
     terminal: Terminal,
+    wishes: Wishes,
+    watchdog: Watchdog,
 ) -> dict[str, Any]:
     from launch.runtime import fingerprint, loop
-    from launch.runtime.caretaker import Caretaker, StopAsked, too_late
+    from launch.runtime.caretaker import Caretaker, StopAsked
     from launch.runtime.export import export
-    from launch.runtime.interruption import Wishes
     from launch.runtime.plots import plot_loss
     from launch.runtime.saving import Saving
     from launch.runtime.staged import make_engine
-    from launch.runtime.watchdog import Watchdog
 
-    cfg, layout, first, rank = request.cfg, request.layout, request.ranks.first, request.ranks.rank
+    cfg, layout, first = request.cfg, request.layout, request.ranks.first
+    engine_config = ds_config(cfg, layout, request.device)
     data = str(recipe.report["fingerprint"])
+    fingerprint.compare(fingerprint.of_start(cfg, data), "request, code and data")
     saving = Saving(run_dir.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.keep_best, asdict(cfg), data, terminal.say)
+    if first:
+        saving.sweep()
+    found = _resumed(request, run_dir, data, terminal)
+    if first:
+        run_dir.write_text("config.yaml", to_yaml(cfg))
+        run_dir.write_json("ds_config.json", engine_config)
+    engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
+    fingerprint.compare({"parameters": fingerprint.parameters(engine)}, "model")
+    progress = restored(engine, found, layout) if found is not None else loop.Progress()
+    trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
+    metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, terminal.say) if first else None
+    bar = Bar(terminal, "training", steps)
+    caretaker = Caretaker(
+        engine, saving, wishes, cfg.checkpoint, steps, unsaveable(cfg) is None,
+        recipe.METRICS.get(cfg.eval.metric or ""), watchdog.beat,
+    )  # fmt: skip
+    predictions: list[Prediction] = []
 
-    def complain(text: str) -> None:
-        print(text, file=terminal.error, flush=True)
+    def log(row: loop.Row) -> None:
+        if metrics is not None:
+            metrics.log(row)
+        if "split" in row:
+            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
+        elif row["loss"] is not None:
+            bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
 
-    def late() -> int:
-        return too_late(run_dir.checkpoints, cfg.checkpoint.grace_s, complain if first else lambda text: None)
-
-    watchdog = Watchdog(run_dir.logs, rank, layout.world, cfg.faults.stall_s, complain)
-    wishes = Wishes(cfg.checkpoint.grace_s, late)
-    with wishes.heard(), watchdog:
-        fingerprint.compare(fingerprint.of_start(cfg, data), "request, code and data")
+    def bad_step(row: loop.Row) -> None:
+        terminal.say(f"step {row['step']}: {row['what']}; samples {row['samples']}: {row['action']}")
         if first:
-            saving.sweep()
-        found = _resumed(request, run_dir, data, terminal)
-        if first:
-            run_dir.write_text("config.yaml", to_yaml(cfg))
-            run_dir.write_json("ds_config.json", engine_config)
-        engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
-        fingerprint.compare({"parameters": fingerprint.parameters(engine)}, "model")
-        progress = restored(engine, found, layout) if found is not None else loop.Progress()
-        trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
-        metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, terminal.say) if first else None
-        bar = Bar(terminal, "training", steps)
-        caretaker = Caretaker(
-            engine, saving, wishes, cfg.checkpoint, steps, unsaveable(cfg) is None,
-            recipe.METRICS.get(cfg.eval.metric or ""), watchdog.beat,
+            run_dir.append_json("bad_steps.jsonl", row)
+
+    def keep(evaluation: Evaluation) -> None:
+        export(engine, recipe, run_dir.model, first)
+        predictions[:] = evaluation.predictions
+        if first and predictions:
+            rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            run_dir.write_text("predictions.jsonl", "".join(lines))
+
+    def run_on() -> loop.Progress:
+        return loop.run(
+            engine, recipe, cfg, layout, request.ranks.rank, steps, log, keep, progress, caretaker.after_step,
+            bad_step, caretaker.look,
         )  # fmt: skip
-        predictions: list[Prediction] = []
 
-        def log(row: loop.Row) -> None:
-            if metrics is not None:
-                metrics.log(row)
-            if "split" in row:
-                terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
-            elif row["loss"] is not None:
-                bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
-
-        def bad_step(row: loop.Row) -> None:
-            terminal.say(f"step {row['step']}: {row['what']}; samples {row['samples']}: {row['action']}")
-            if first:
-                run_dir.append_json("bad_steps.jsonl", row)
-
-        def keep(evaluation: Evaluation) -> None:
-            export(engine, recipe, run_dir.model, first)
-            predictions[:] = evaluation.predictions
-            if first and predictions:
-                rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-                run_dir.write_text("predictions.jsonl", "".join(lines))
-
-        def run_on() -> loop.Progress:
-            return loop.run(
-                engine, recipe, cfg, layout, rank, steps, log, keep, progress, caretaker.after_step, bad_step,
-                caretaker.look,
-            )  # fmt: skip
-
-        started = time.perf_counter()
-        wishes.patient = True
-        try:
-            if cfg.faults.on_bad_step == "rewind" and found is None:
-                caretaker.save(progress)
-            while True:
-                try:
-                    outcome = run_on()
-                    break
-                except loop.RewindError as error:
-                    progress = _rewound(request, run_dir, engine, saving, [*progress.passed_over, error.batch])
-                    terminal.say(f"back after step {progress.step}, and on without samples of a bad step")
-                    if metrics is not None:
-                        metrics.cut(progress.rows)
-        except StopAsked:
-            raise caretaker.stop(progress) from None
-        finally:
-            bar.close()
-            if metrics is not None:
-                metrics.close()
-        seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    wishes.look_later()
+    try:
+        if cfg.faults.on_bad_step == "rewind" and found is None:
+            caretaker.save(progress)
+        while True:
+            try:
+                outcome = run_on()
+                break
+            except loop.RewindError as error:
+                progress = _rewound(request, run_dir, engine, saving, [*progress.passed_over, error.batch])
+                terminal.say(f"back after step {progress.step}, and on without samples of a bad step")
+                if metrics is not None:
+                    metrics.cut(progress.rows)
+    except StopAsked:
+        raise caretaker.stop(progress) from None
+    finally:
+        bar.close()
+        if metrics is not None:
+            metrics.close()
     summary = {
         "name": cfg.name,
         "steps": outcome.step,
         "tokens": outcome.tokens,
-        "train_s": round(seconds, 1),
+        "train_s": round(time.perf_counter() - started, 1),
         "world_size": layout.world,
         "held_out_before": outcome.first,
         "held_out": outcome.last,

@@ -102,6 +102,10 @@ class SavedState:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def has(self, name: str, kind: str) -> bool:
+        """Whether there are such values of a tensor."""
+        return (name, kind) in self._stretches
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name]["shape"])
 

@@ -1,13 +1,15 @@
 """A run in which nothing happens any more is ended, and says which rank does not go on, and where.
 
 Each rank's thread looks at its own main thread. Who notices first leaves a note in the logs folder; the others see it
-there and leave theirs; the lowest rank that is alive reads all of them out.
+there and leave theirs; the lowest rank that is alive reads all of them out. A rank whose launcher is gone asks itself
+to stop, as SIGTERM does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +17,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from launch.runtime.parents import Launcher
 
 POLL_S = 1.0
 PATIENCE_S = 5.0
@@ -38,18 +42,21 @@ class Note:
 class Watchdog:
     """Hears of each step (`beat`), and ends the process when it has heard nothing for `stall_s` seconds."""
 
-    def __init__(self, folder: Path, rank: int, world: int, stall_s: float, say: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, rank: int, world: int, stall_s: float, say: Callable[[str], None],
+        launcher: Launcher | None = None,
+    ):  # fmt: skip
+        """folder: of the notes, shared by all ranks. stall_s: 0 for never."""
         self._folder, self._rank, self._world, self._stall_s, self._say = folder, rank, world, stall_s, say
+        self._launcher = launcher
         self._last, self._doing, self._beats = time.monotonic(), "start", 0
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        """Begin to watch; 0 seconds: never."""
         self._file(self._rank).unlink(missing_ok=True)
-        if self._stall_s > 0:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def beat(self, doing: str) -> None:
@@ -60,9 +67,13 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(POLL_S, self._stall_s / 2)):
-            if time.monotonic() - self._last > self._stall_s or self._others():
+        while not self._over.wait(POLL_S):
+            if self._stall_s and (time.monotonic() - self._last > self._stall_s or self._others()):
                 self._end()
+            if self._launcher is not None and self._launcher.is_gone():
+                self._launcher = None
+                self._say(f"rank {self._rank}: the launcher is gone; this rank stops")
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _others(self) -> bool:
         return any(self._file(rank).exists() for rank in range(self._world) if rank != self._rank)

@@ -1,0 +1,263 @@
+"""Jobs that die: a launcher and its ranks, forked from a server that has imported everything, in a process group.
+
+A cold start costs seconds per rank, which 200 deaths would pay 400 times; what runs is `launch/train.py`'s own `main`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from commands import EXTENSIONS
+from ranks import _context
+
+from launch.runtime.processes import free_port
+
+ARGUMENTS = (
+    "+recipe=quickstart", "model=llama_tiny", "data.max_files=30", "data.seq_length=64", "batch.global_size=8",
+    "batch.micro_size=2", "train.steps=12", "scheduler.warmup_steps=1", "eval.every=5", "eval.new_tokens=2",
+    "checkpoint.every=3", "checkpoint.keep=2", "run_dir=run", "resume=auto",
+)  # fmt: skip
+WORLD = 2
+CALM_S = 30.0
+"""What ranks have to end by themselves when their launcher died."""
+HANG, VANISH = -1, -2
+"""In the place of a signal: the process does not go on; the run directory is deleted."""
+Act = Callable[[], None]
+
+
+def _poison(batch: int) -> None:
+    """Let the loss of a global batch be no number."""
+    from launch.runtime import loop
+    from recipes.causal_lm import CausalLM
+
+    batches, loss, bad = loop.training_batches, CausalLM.loss, False
+
+    def noted(number: int, *rest: Any) -> Any:
+        nonlocal bad
+        bad = number == batch
+        return batches(number, *rest)
+
+    def spoilt(self: Any, *inputs: Any) -> Any:
+        return loss(self, *inputs) * (float("nan") if bad else 1.0)
+
+    loop.training_batches = noted
+    CausalLM.loss = spoilt  # type: ignore[method-assign]
+
+
+def _act(fault: Fault, folder: Path) -> None:
+    """What a fault does to the process that comes into its phase."""
+    if fault.signal == HANG:
+        time.sleep(1000)
+    elif fault.signal == VANISH:
+        shutil.rmtree(folder / "run")
+    else:
+        os.kill(os.getpid(), fault.signal)
+
+
+def _before(owner: Any, name: str, act: Act, at: int) -> None:
+    """Call `act` before the `at`th call of a function."""
+    original, calls = getattr(owner, name), 0
+
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def _places() -> dict[str, tuple[Any, str]]:
+    """Name of a phase → (owner, function) that it begins with."""
+    import launch.runtime.tensor_file as tensor_file
+    from launch.runtime import saving, session
+    from launch.runtime.engine import Engine
+    from recipes.causal_lm import CausalLM
+
+    return {
+        "start": (session, "prepare"),
+        "resume": (session, "_resumed"),
+        "restore": (session, "restored"),
+        "step": (Engine, "train_step"),
+        "evaluation": (Engine, "_eval_outputs"),
+        "save": (saving.Saving, "begin"),
+        "write": (tensor_file, "write_tensors"),
+        "verify": (tensor_file, "digest_of"),
+        "publish": (saving.Saving, "_publish"),
+        "rename": (Path, "rename"),
+        "prune": (saving.Saving, "_prune"),
+        "generation": (CausalLM, "sample"),
+    }
+
+
+PHASES = (
+    "start", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish", "rename", "prune",
+    "generation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a job. who: a rank, `launcher` or `all`. signal: or HANG, VANISH.
+
+    phase: the fault comes at the `at`th beginning of that phase on the rank; None: `after_s` seconds after the start.
+    """
+
+    who: int | str
+    signal: int = signal.SIGKILL
+    phase: str | None = None
+    at: int = 1
+    after_s: float = 0.0
+
+    def __str__(self) -> str:
+        name = {HANG: "hang", VANISH: "vanish"}.get(self.signal) or signal.Signals(self.signal).name
+        return f"{name} {self.who} " + (f"{self.phase} {self.at}" if self.phase else f"after {self.after_s:.2f} s")
+
+
+def _rank(
+    rank: int, port: int, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None
+) -> None:
+    """One rank, from its first moment to its exit code."""
+    code = 1
+    try:
+        os.chdir(folder)
+        log = os.open(folder / f"out_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), XDG_CACHE_HOME=str(folder.parent / "cache"),
+            TORCH_EXTENSIONS_DIR=EXTENSIONS,
+        )  # fmt: skip
+        from launch.runtime import parents
+        from launch.runtime.request import run_command
+        from launch.train import main
+
+        parents.LAUNCHED, parents.STARTED_BY = True, os.getppid()
+        parents.Launcher.__init__.__defaults__ = (os.getppid(),)
+        for fault in faults:
+            if fault.phase is not None and fault.who == rank:
+                _before(*_places()[fault.phase], functools.partial(_act, fault, folder), fault.at)
+        if poisoned is not None:
+            _poison(poisoned)
+        sys.argv = ["launch/train.py", *arguments]
+        run_command(main)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def _end(ranks: set[int]) -> None:
+    """Ask, wait, and kill."""
+    for number, wait_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 0.0)):
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                os.kill(rank, number)
+        end = time.monotonic() + wait_s
+        while time.monotonic() < end and any(_is_there(rank) for rank in ranks):
+            time.sleep(0.05)
+
+
+def _is_there(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def _launcher(folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None) -> None:
+    """As launchers do: start ranks; when one dies, end the others; the exit code is that of the first to fail."""
+    os.setpgrp()
+    port = free_port()
+    ranks = []
+    for rank in range(WORLD):
+        pid = os.fork()
+        if pid == 0:
+            _rank(rank, port, folder, arguments, faults, poisoned)
+        ranks.append(pid)
+    (folder / "pids.json").write_text(json.dumps({"launcher": os.getpid(), "ranks": ranks}))
+    code, left = 0, set(ranks)
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
+            _end(left)
+    os._exit(code & 0xFF)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: the launcher's exit code. orphans: processes of the job that were there too long after its launcher."""
+
+    code: int | None
+    orphans: list[int]
+    seconds: float
+
+
+def run_job(
+    folder: Path, *faults: Fault, more: tuple[str, ...] = (), poisoned: int | None = None, limit_s: float = 90
+) -> Outcome:
+    """Run a job in `folder` to its end, whatever that is. poisoned: the loss of this global batch is nan.
+
+    Raises TimeoutError when it has none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pids.json").unlink(missing_ok=True)
+    started = time.monotonic()
+    process = _context.Process(target=_launcher, args=(folder, (*ARGUMENTS, *more), faults, poisoned))
+    process.start()
+    for fault in (fault for fault in faults if fault.phase is None):
+        while not (folder / "pids.json").exists() and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(max(0.0, fault.after_s - (time.monotonic() - started)))
+        pids = json.loads((folder / "pids.json").read_text())
+        with contextlib.suppress(OSError):
+            if fault.who == "all":
+                os.killpg(pids["launcher"], fault.signal)
+            else:
+                os.kill(pids["launcher"] if fault.who == "launcher" else pids["ranks"][fault.who], fault.signal)
+    process.join(limit_s)
+    if process.is_alive():
+        orphans = _group(process.pid)
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        raise TimeoutError(
+            f"{[str(fault) for fault in faults]}: the job of {orphans} still runs after {limit_s} s, see {folder}"
+        )
+    end = time.monotonic() + CALM_S
+    while (orphans := _group(process.pid)) and time.monotonic() < end:
+        time.sleep(0.1)
+    for orphan in orphans:
+        with contextlib.suppress(OSError):
+            os.kill(orphan, signal.SIGKILL)
+    return Outcome(process.exitcode, orphans, time.monotonic() - started)
+
+
+def _group(leader: int | None) -> list[int]:
+    """Processes of a group that are not over."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found

@@ -1,0 +1,102 @@
+"""What a run survives: deaths at any moment, signals in each phase, hanging ranks, bad numbers, a vanishing folder.
+
+A seeded part of the deaths; `make test-faults` runs two hundred.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from jobs import HANG, PHASES, VANISH, Fault, run_job
+from trials import Trials, check_through, rows, saved
+
+pytestmark = pytest.mark.slow
+TRIALS = 6
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
+    return Trials(tmp_path_factory.mktemp("faults"), seed=0)
+
+
+def said(folder: Path) -> str:
+    """What all ranks printed."""
+    return "".join(file.read_text() for file in sorted(folder.glob("out_*.log")))
+
+
+def test_deaths_at_random(trials: Trials) -> None:
+    for _ in range(TRIALS):
+        trials.one()
+    trials.close()
+    print(trials.report())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigterm_in_each_phase(phase: str, trials: Trials) -> None:
+    """To one rank: all stop behind the same step, whole, with the code that says so; then the run goes on."""
+    folder = trials.unbroken.parent / f"sigterm_{phase}"
+    resumed = phase in ("resume", "restore")
+    if resumed:
+        assert run_job(folder, Fault(0, signal.SIGTERM, "step", 5)).code == 75
+    code = run_job(
+        folder, Fault(1 if phase not in ("publish", "rename", "prune", "generation") else 0, signal.SIGTERM, phase, 1)
+    ).code
+    assert code == (0 if phase == "generation" else 75), said(folder)
+    assert "Traceback" not in (folder / "out_0.log").read_text()
+    if phase in ("step", "save", "write", "verify", "publish", "rename", "prune"):
+        assert saved(folder) == max(row["step"] for row in rows(folder)), said(folder)
+    assert run_job(folder).code == 0, said(folder)
+    check_through(folder, trials.unbroken)
+
+
+def test_too_late_for_a_checkpoint(trials: Trials) -> None:
+    """A step that does not end within checkpoint.grace_s: the last whole checkpoint stands."""
+    folder = trials.unbroken.parent / "late"
+    assert run_job(folder, Fault(0, signal.SIGTERM, "step", 8)).code == 75
+    faults = Fault(1, HANG, "step", 2), Fault("all", signal.SIGTERM, after_s=3 * trials.span_s)
+    outcome = run_job(folder, *faults, more=("checkpoint.grace_s=2", "faults.stall_s=0"))
+    assert outcome.code == 75 and not outcome.orphans
+    assert "not stopped within 2 s" in said(folder) and saved(folder) == 8
+    assert run_job(folder).code == 0, said(folder)
+    check_through(folder, trials.unbroken)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(HANG, "rank 1 does not go on"), (signal.SIGSTOP, "rank 1")])
+def test_a_rank_that_hangs_is_named(kind: int, expected: str, trials: Trials) -> None:
+    folder = trials.unbroken.parent / f"hang_{kind}"
+    outcome = run_job(folder, Fault(1, kind, "step", 5), more=("faults.stall_s=4",))
+    assert outcome.code not in (0, 75) and not outcome.orphans and outcome.seconds < 60
+    text = said(folder)
+    assert "nothing has happened for 4 s (faults.stall_s), in step 5" in text and expected in text, text
+    assert "rank 0: waits in all_reduce" in text, text
+    assert kind != HANG or "_act" in text  # the stack leads to the place
+    assert run_job(folder).code == 0, said(folder)
+    check_through(folder, trials.unbroken)
+
+
+def test_bad_steps(trials: Trials) -> None:
+    """Stop before the update; or no update; or back to the checkpoint, and on without those samples."""
+    folder = trials.unbroken.parent / "bad_stop"
+    assert run_job(folder, poisoned=4).code == 1
+    assert "step 5, rank 0: loss is nan" in said(folder) and saved(folder) == 3
+    for action, steps in (("skip", 12), ("rewind", 12)):
+        folder = trials.unbroken.parent / f"bad_{action}"
+        assert run_job(folder, more=(f"faults.on_bad_step={action}",), poisoned=4).code == 0, said(folder)
+        training = [row for row in rows(folder) if row["split"] is None]
+        assert [row["step"] for row in training] == list(range(1, steps + 1))
+        lines = [json.loads(line) for line in (folder / "run/bad_steps.jsonl").read_text().splitlines()]
+        assert [(line["samples"], line["action"]) for line in lines] == [([32, 40], action)]
+        expected = [row for row in rows(trials.unbroken) if row["split"] is None]
+        assert training[:4] == expected[:4]
+        assert (training[4]["loss"] is None) == (action == "skip")
+        assert all(row["loss"] is not None for row in training[5:])
+
+
+def test_a_run_directory_that_vanishes(trials: Trials) -> None:
+    """Training goes on, and the next checkpoint is there again."""
+    folder = trials.unbroken.parent / "vanish"
+    assert run_job(folder, Fault(0, VANISH, "step", 5)).code == 0, said(folder)
+    assert "cannot be written for now" in said(folder) and saved(folder) == 12
