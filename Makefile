@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-matrix test-long families layouts check format benchmark clean
+.PHONY: help install quickstart test test-fast test-matrix test-long test-faults families layouts check format benchmark clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-matrix: $(VENV)/.installed  ## every legal layout against one process, abou
 
 test-long: $(VENV)/.weights  ## every task on real data, half an hour (DATA=FOLDER, see benchmarks/tasks.py)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/tasks.py $(or $(DATA),../shared/data) $(ARGS)
+
+test-faults: $(VENV)/.installed  ## two hundred runs killed at random, half an hour (ARGS="trials=200 seed=0")
+	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/faults/trials.py $(ARGS)
 
 families: $(VENV)/.installed  ## every causal-LM family in four layouts, 20 minutes; writes docs/models.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/distributed/families.py $(ARGS)

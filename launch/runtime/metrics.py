@@ -127,11 +127,11 @@ class MetricsLog:
         """Write a row. The trackers get it in any case."""
         self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
         self._write()
-        for tracker in self._trackers:
+        for tracker in list(self._trackers):
             try:
                 tracker.log(row)
             except OSError as error:
-                self._failure(error)
+                self._give_up(tracker, error)
 
     def _write(self) -> None:
         try:
@@ -148,9 +148,16 @@ class MetricsLog:
             self._say(f"metrics cannot be written for now ({self._path}: {error.strerror}); training goes on")
         self._failed = True
 
+    def _give_up(self, tracker: Tracker, error: OSError) -> None:
+        self._say(f"{type(tracker).__name__} cannot write any more ({error}); training goes on without it")
+        self._trackers.remove(tracker)
+
     def close(self) -> None:
         """Write what still waits, and close the trackers."""
         if self._waiting:
             self._write()
-        for tracker in self._trackers:
-            tracker.close()
+        for tracker in list(self._trackers):
+            try:
+                tracker.close()
+            except OSError as error:
+                self._give_up(tracker, error)

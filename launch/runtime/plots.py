@@ -56,6 +56,8 @@ def read_metrics(run_dir: Path) -> RunMetrics:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
+            if row["loss"] is None:  # a bad step, without an update
+                continue
             (held_out if "split" in row else steps).append(
                 {**row, "step": int(row["step"]), "loss": float(row["loss"])}
             )

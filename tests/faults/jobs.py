@@ -40,6 +40,8 @@ Act = Callable[[], None]
 
 def _poison(batch: int) -> None:
     """Let the loss of a global batch be no number."""
+    import torch
+
     from launch.runtime import loop
     from recipes.causal_lm import CausalLM
 
@@ -51,7 +53,7 @@ def _poison(batch: int) -> None:
         return batches(number, *rest)
 
     def spoilt(self: Any, *inputs: Any) -> Any:
-        return loss(self, *inputs) * (float("nan") if bad else 1.0)
+        return loss(self, *inputs) * (float("nan") if bad and torch.is_grad_enabled() else 1.0)
 
     loop.training_batches = noted
     CausalLM.loss = spoilt  # type: ignore[method-assign]

@@ -56,8 +56,8 @@ def test_too_late_for_a_checkpoint(trials: Trials) -> None:
     """A step that does not end within checkpoint.grace_s: the last whole checkpoint stands."""
     folder = trials.unbroken.parent / "late"
     assert run_job(folder, Fault(0, signal.SIGTERM, "step", 8)).code == 75
-    faults = Fault(1, HANG, "step", 2), Fault("all", signal.SIGTERM, after_s=3 * trials.span_s)
-    outcome = run_job(folder, *faults, more=("checkpoint.grace_s=2", "faults.stall_s=0"))
+    asked = [Fault(rank, signal.SIGTERM, after_s=2 * trials.span_s) for rank in (0, 1)]
+    outcome = run_job(folder, Fault(1, HANG, "step", 2), *asked, more=("checkpoint.grace_s=2", "faults.stall_s=0"))
     assert outcome.code == 75 and not outcome.orphans
     assert "not stopped within 2 s" in said(folder) and saved(folder) == 8
     assert run_job(folder).code == 0, said(folder)

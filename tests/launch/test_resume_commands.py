@@ -202,3 +202,18 @@ def test_the_command_lists_and_deletes(broken: Path, cache: Path) -> None:
     for wrong in (["keep=0"], ["verify=maybe"], ["keeep=1"], [str(broken)]):
         refused = run([*command, *wrong], broken, environment(cache))
         assert refused.returncode == 2 and "error:" in refused.stderr
+
+
+def test_the_model_of_a_checkpoint(unbroken: Path, cache: Path, tmp_path: Path) -> None:
+    """That of the last step is the one that training exported; earlier ones are there, others are not."""
+    command = [sys.executable, CHECKPOINTS, unbroken / RUN]
+    done = run([*command, f"export={tmp_path / 'model'}"], unbroken, environment(cache))
+    assert done.returncode == 0 and "model after step 8" in done.stdout, done.stdout + done.stderr
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "model" / name).read_text() == (unbroken / RUN / "model" / name).read_text()
+    mine, theirs = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "model", unbroken / RUN / "model")
+    )
+    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    refused = run([*command, f"export={tmp_path / 'other'}", "step=5"], unbroken, environment(cache))
+    assert refused.returncode == 2 and "step=8" in refused.stderr and not (tmp_path / "other").exists()
