@@ -205,6 +205,4 @@ def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         yield Problem("eval.beams", str(cfg.eval.beams), f"{cfg.task} does not search", "eval.beams=1")
 
 
-RULES = (
-    best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, faults, run_dir,
-)  # fmt: skip
+RULES = (best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, faults, run_dir)
