@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,8 +37,10 @@ EVERY = 3
 
 
 def random_fault(chance: random.Random, span_s: float) -> Fault:
-    """One out of three anywhere in time, the others at the beginning of a phase."""
+    """SIGKILL at any moment, or at the beginning of a phase, to a rank, the launcher or all; SIGTERM one time in five."""
     who: int | str = chance.choice([*range(WORLD), "launcher", "all"])
+    if chance.random() < 0.2:
+        return Fault(chance.randrange(WORLD), signal.SIGTERM, chance.choice(PHASES))
     if isinstance(who, str) or chance.random() < 0.3:
         return Fault(who, after_s=chance.uniform(0.0, span_s))
     phase = chance.choice(PHASES)
@@ -95,7 +98,8 @@ class Trials:
         # One save may be under way while the steps up to the next one are taken.
         assert lost <= 2 * EVERY, f"{fault}: {taken} steps taken, the newest checkpoint is of {after}"
         self.count += 1
-        self.seen[f"{fault.who if isinstance(fault.who, str) else 'rank'}, {fault.phase or 'any moment'}"] += 1
+        who = fault.who if isinstance(fault.who, str) else "rank"
+        self.seen[f"{signal.Signals(fault.signal).name} {who}, {fault.phase or 'any moment'}"] += 1
         self.lost[lost] += 1
         if outcome.code == 0:
             self._finish(folder)
