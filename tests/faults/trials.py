@@ -37,7 +37,7 @@ EVERY = 3
 
 
 def random_fault(chance: random.Random, span_s: float) -> Fault:
-    """SIGKILL at any moment, or at the beginning of a phase, to a rank, the launcher or all; SIGTERM one time in five."""
+    """SIGKILL at any moment, or where a phase begins, to a rank, the launcher or all; SIGTERM one time in five."""
     who: int | str = chance.choice([*range(WORLD), "launcher", "all"])
     if chance.random() < 0.2:
         return Fault(chance.randrange(WORLD), signal.SIGTERM, chance.choice(PHASES))
