@@ -286,8 +286,9 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay."""
     keep_best: int = 0
     """How many of the best ones by `eval.metric` stay besides; a checkpoint counts with the evaluation of its step."""
-    grace_s: float = 60.0
-    """After SIGTERM or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands."""
+    grace_s: float = 25.0
+    """After SIGTERM or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands. The
+    launchers `deepspeed` and `torchrun` kill ranks 30 s after they passed on such a signal."""
 
 
 @dataclass

@@ -16,6 +16,8 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from filelock import FileLock, Timeout
+
 from conf.errors import Problem, RequestError, did_you_mean
 from launch.runtime.checkpoint import MANIFEST, Checkpoint, all_of, newest, unfinished
 from launch.runtime.request import run_command, split_arguments
@@ -43,6 +45,12 @@ def main(argv: list[str]) -> int:
     if own["step"]:
         raise RequestError(Problem("step", own["step"], "only an export is of one step", "export=DIR step=N"))
     keep = int(own["keep"]) if own["keep"] else None
+    if keep is not None:
+        try:
+            FileLock(folder.parent / ".lock").acquire(timeout=0)
+        except Timeout:
+            rule = "a run is at work in it, and deletes old ones by itself (checkpoint.keep)"
+            raise RequestError(Problem("keep", own["keep"], rule, "leave keep out, or wait for its end")) from None
     whole, damaged = 0, 0
     for entry, found in all_of(folder):
         damage = _damage(entry, found, keep is not None or own["verify"] == "true")

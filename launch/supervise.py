@@ -23,6 +23,8 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import psutil
+
 from conf.compose import compose
 from conf.environment import detect
 from conf.errors import Problem, RequestError
@@ -63,8 +65,9 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit code of the run in the end."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._pass_on)
         ranks, record = self._own["ranks"], self._record
         while True:
             before = self._saved()
@@ -98,6 +101,8 @@ class Supervisor:
         ]  # fmt: skip
         # A session of its own: whatever the launcher leaves behind, is found by it and ended.
         self._child = subprocess.Popen(command, start_new_session=True)
+        if self._asked:  # meanwhile
+            self._stop_child()
         code = self._child.wait()
         deadline = time.monotonic() + (self._grace_s if self._asked else 0.0) + 5.0
         while _alive(self._child.pid) and time.monotonic() < deadline:
@@ -107,7 +112,17 @@ class Supervisor:
 
     def _pass_on(self, number: int, frame: object) -> None:
         self._asked = True
-        if self._child is not None:
+        self._stop_child()
+
+    def _stop_child(self) -> None:
+        """Ask the ranks alone: the launcher would kill them 30 s later, and ends by itself when they do."""
+        if self._child is None:
+            return
+        ranks = _ranks_below(self._child.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.terminate()
+        if not ranks:
             _signal(self._child.pid, signal.SIGTERM)
 
     def _wait(self, seconds: float) -> None:
@@ -157,6 +172,17 @@ class Supervisor:
     @staticmethod
     def _say(text: str) -> None:
         print(f"supervise: {text}", flush=True)
+
+
+def _ranks_below(pid: int) -> list[psutil.Process]:
+    """The training processes that a launcher has started."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            words = child.cmdline()
+            if any(word.endswith("train.py") for word in words) and not any("deepspeed.launcher" in w for w in words):
+                found.append(child)
+    return found
 
 
 def _alive(session: int) -> bool:

@@ -40,8 +40,8 @@ class Caretaker:
         minutes = self._cfg.minutes
         due = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         wishes, saving = self._wishes, self._saving
-        stop, save, busy = self._engine.any_of(wishes.stop, wishes.save or due or saving.retry_is_due, saving.busy)
-        wishes.save = False
+        asked, wishes.save = wishes.save, False  # what is asked from here on is for the next look
+        stop, save, busy = self._engine.any_of(wishes.stop, asked or due or saving.retry_is_due, saving.busy)
         self._wanted = self._wanted or (save and self._savable)
         saving.poll(busy)
         if stop:
@@ -53,9 +53,11 @@ class Caretaker:
         regular = bool(every) and progress.step % every == 0
         if regular or self._wanted or (last and (every or self._cfg.minutes is not None)):
             self.save(progress)
-        if last:
-            self._saving.finish()
         return True
+
+    def close(self) -> None:
+        """Wait for a save under way."""
+        self._saving.finish()
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint."""

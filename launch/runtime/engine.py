@@ -244,7 +244,8 @@ class Engine:
             if self.ds.lr_scheduler.last_epoch == position:  # the engine passes over it where it saw the overflow
                 self.ds.lr_scheduler.step()
             raise self._bad
-        grad_norm = None if self._norm_is_of_update else norm
+        # deepspeed 0.19.8 calls the norm of a step that loss scaling skips infinite.
+        grad_norm = None if self._norm_is_of_update or not applied else norm
         return StepResult(
             total / supervised,
             grad_norm,

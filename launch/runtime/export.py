@@ -29,13 +29,23 @@ SHARD_BYTES = 4 * 2**30
 Tensors = dict[str, torch.Tensor]
 
 
-def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES) -> None:
+def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES) -> OSError | None:
     """Write the engine's model to `folder` so that `from_pretrained` loads it. A collective call; rank 0 writes.
+
+    Returns, on rank 0, why it could not be written; what was there before is there still then.
 
     Parameters are gathered one at a time. The folder appears whole, by a rename, or not at all. Weights are in the
     dtype that training computed with, under the names that the family's checkpoints on the hub have.
     """
-    _write_model(engine.module, recipe, engine.stream(), engine.tensors(), folder, first, shard_bytes)
+    stream, sizes = engine.stream(), engine.tensors()
+    try:
+        _write_model(engine.module, recipe, stream, sizes, folder, first, shard_bytes)
+    except OSError as error:
+        for _ in stream:  # the other ranks send what they have
+            pass
+        shutil.rmtree(folder.with_name(f".{folder.name}.tmp"), ignore_errors=True)
+        return error
+    return None
 
 
 def export_saved(saved: SavedState, recipe: Recipe, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

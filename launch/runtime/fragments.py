@@ -135,6 +135,9 @@ def prepare_state(optimizer: Any, step: float) -> None:
                 for kind, value in _first_state(inner, group, tensor).items()
             }
         state = inner.state[tensor]
+        for value in state.values():  # a rewind to before the first step: there is nothing to put in their place
+            if torch.is_tensor(value):
+                value.zero_()
         if torch.is_tensor(state.get(STEP)):
             state[STEP].fill_(step)
         elif STEP in state:

@@ -26,7 +26,10 @@ class InterruptedRunError(RuntimeError):
 
 
 class Wishes:
-    """What signals asked of this process. Who asks again, later, to stop is obeyed at once."""
+    """What signals asked of this process.
+
+    A second Ctrl-C, later, is obeyed at once. A second SIGTERM is the launcher's, when another rank has ended.
+    """
 
     def __init__(self, grace_s: float, too_late: Callable[[], int]):
         """too_late: called `grace_s` seconds after the wish to stop, from another thread; the process's exit code."""
@@ -42,7 +45,7 @@ class Wishes:
             self.stop, self._asked = True, time.monotonic()
             if not self._looked_at:
                 raise InterruptedRunError("stopped before the first step of this start")
-        elif time.monotonic() - self._asked > TOGETHER_S:
+        elif number == signal.SIGINT and time.monotonic() - self._asked > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -210,7 +210,8 @@ def run(
 
     if progress.evaluated_at < 0:
         progress.first = progress.last = evaluate().metrics
-    going = not is_due() or judged(progress.step == steps)  # one that a signal interrupted
+    # An evaluation that a signal interrupted; and a run that had waited long enough when it was stopped.
+    going = (not is_due() or judged(progress.step == steps)) and not judge.has_enough
     while going and progress.step < steps:
         check(f"step {progress.step + 1}")
         take_step()

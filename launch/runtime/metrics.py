@@ -25,6 +25,9 @@ class Tracker(ABC):
     def log(self, row: Row) -> None:
         """One row of metrics.jsonl; evaluation rows carry `split`."""
 
+    def begin(self, rows: list[Row]) -> None:  # noqa: B027 - most keep what they have by step
+        """Start, or start again behind these rows."""
+
     def close(self) -> None:  # noqa: B027 - nothing to do is a fine default
         """Flush and finish."""
 
@@ -85,6 +88,14 @@ class Csv(Tracker):
         self._files = {name: (run_dir / f"{name}.csv").open("w", newline="") for name in ("metrics", "evaluations")}
         self._writers: dict[str, csv.DictWriter] = {}
 
+    def begin(self, rows: list[Row]) -> None:
+        self._writers.clear()
+        for file in self._files.values():
+            file.seek(0)
+            file.truncate()
+        for row in rows:
+            self.log(row)
+
     def log(self, row: Row) -> None:
         name = "evaluations" if "split" in row else "metrics"
         if name not in self._writers:
@@ -108,20 +119,29 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path, trackers: list[Tracker], rows: int = 0, say: Callable[[str], None] = lambda text: None
-    ):
-        """rows: how many of the log's rows stay; what came behind them is dropped."""
+        self, path: Path, trackers: list[Tracker], rows: int = 0, step: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        """rows, step: as of `cut`."""
         self._path, self._trackers, self._say = path, trackers, say
         self._waiting: list[str] = []
         self._failed = False
-        self.cut(rows)
+        self.cut(rows, step)
 
-    def cut(self, rows: int) -> None:
-        """Drop what came behind the first `rows` rows; half a line, left by a crash, is none."""
+    def cut(self, rows: int, step: int) -> None:
+        """Drop what came behind the first `rows` rows, and behind a step; half a line, left by a crash, is none.
+
+        The log may have fewer rows than the run: those before are in another directory's, or gone.
+        """
         lines = self._path.read_text().splitlines(keepends=True) if rows and self._path.is_file() else []
+        lines = [line for line in lines if line.endswith("\n")] + self._waiting
+        kept = [line for line in lines[:rows] if json.loads(line)["step"] <= step]
+        self._waiting = []
         scratch = self._path.with_name(f".{self._path.name}.tmp")
-        scratch.write_text("".join(line for line in lines[:rows] if line.endswith("\n")))
+        scratch.write_text("".join(kept))
         scratch.replace(self._path)
+        for tracker in self._trackers:
+            tracker.begin([json.loads(line) for line in kept])
 
     def log(self, row: Row) -> None:
         """Write a row. The trackers get it in any case."""

@@ -56,6 +56,8 @@ class RunDir:
         except Timeout:
             rule = "another run is at work in it"
             raise RequestError(Problem("run_dir", str(self.path), rule, f"run_dir={self.path}-2")) from None
+        for note in self.logs.glob("stall_*"):  # of an earlier run; another rank's watchdog must not meet them
+            note.unlink(missing_ok=True)
         for log in self.logs.glob("rank_*.log"):
             if log.stem[5:].isdigit() and int(log.stem[5:]) >= ranks:
                 log.unlink()

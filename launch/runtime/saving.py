@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 300.0
 """After a save that failed, the next is tried this much later; twice as long each time, up to the last."""
 
+REPLACED = ".old"
+"""Ends the name of a checkpoint while another one of the same step takes its place."""
+
 Receipt = dict[str, Any]
 """What a rank says of its part: {"file", "facts", "tensors"}, or {"problem"}."""
 
@@ -48,12 +51,20 @@ class Saving:
         self._pending: _Pending | None = None
         self._failures, self._failed_at = 0, 0.0
         self.last: int | None = None
-        """The step of the last checkpoint that this run has published."""
+        """The step of the last checkpoint in the folder that this run stands on: published, or resumed."""
+        self.published = False
+        """Whether this process has published one."""
 
     def sweep(self) -> None:
-        """Remove what an earlier run began and never finished; rank 0, before any rank saves."""
+        """Remove what an earlier run began and never finished; rank 0, before any rank looks for checkpoints."""
         for left in unfinished(self.folder):
             shutil.rmtree(left, ignore_errors=True)
+        for old in self.folder.glob(f".{PREFIX}*{REPLACED}"):
+            whole = self.folder / old.name[1 : -len(REPLACED)]
+            if whole.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(whole)
 
     @property
     def busy(self) -> bool:
@@ -111,7 +122,7 @@ class Saving:
             self._failures, self._failed_at = self._failures + 1, time.monotonic()
             self._say(f"step {step}: no checkpoint: {problem}")
         else:
-            self._failures, self.last = 0, step
+            self._failures, self.last, self.published = 0, step, True
             self._say(f"step {step}: checkpoint")
         return problem is None
 
@@ -136,12 +147,17 @@ class Saving:
             json.dump({**pending.head, "tensors": tensors, "files": files}, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
+        for name, fact in files.items():
+            if (pending.scratch / name).stat().st_size != fact["bytes"]:
+                raise OSError(0, "is not whole on this machine: all machines need one run_dir", name)
         synchronise(pending.scratch)
         target = self.folder / pending.scratch.stem[1:]
+        before = target.with_name(f".{target.name}{REPLACED}")
         if target.exists():  # the same step again, after a resume from before it
-            shutil.rmtree(target)
+            target.rename(before)
         pending.scratch.rename(target)
         synchronise(self.folder)
+        shutil.rmtree(before, ignore_errors=True)
         self._prune(target)
 
     def _prune(self, newest: Path) -> None:
@@ -151,7 +167,8 @@ class Saving:
         earlier = there[len(later) :]
         best: list[Path] = []
         if self._keep_best:
-            valued = [(value, entry) for entry in earlier if (value := _value(entry)) is not None]
+            metric = self._config["eval"]["metric"]
+            valued = [(value, entry) for entry in earlier if (value := _value(entry, metric)) is not None]
             best = [entry for _, entry in sorted(valued, reverse=True)[: self._keep_best]]
         for old in [*later, *(entry for entry in earlier[self._keep :] if entry not in best)]:
             shutil.rmtree(old, ignore_errors=True)
@@ -203,10 +220,11 @@ def _agreed(mine: Receipt) -> list[Receipt]:
     return answers
 
 
-def _value(entry: Path) -> float | None:
+def _value(entry: Path, metric: str) -> float | None:
     from conf.errors import RequestError
 
     try:
-        return read(entry).manifest.get("value")
+        manifest = read(entry).manifest
     except RequestError:
         return None
+    return manifest.get("value") if manifest["config"]["eval"]["metric"] == metric else None

@@ -123,6 +123,7 @@ def _train(
 ) -> dict[str, Any]:
     from launch.runtime import fingerprint, loop
     from launch.runtime.caretaker import Caretaker, StopAsked
+    from launch.runtime.engine import BadStepError
     from launch.runtime.export import export
     from launch.runtime.plots import plot_loss
     from launch.runtime.saving import Saving
@@ -141,9 +142,14 @@ def _train(
         run_dir.write_json("ds_config.json", engine_config)
     engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
     fingerprint.compare({"parameters": fingerprint.parameters(engine)}, "model")
-    progress = restored(engine, found, layout) if found is not None else loop.Progress()
+    progress = loop.Progress()
+    if found is not None:
+        progress = restored(engine, found, layout)
+        _look_again(progress, found, cfg, run_dir, steps)
+        if found.folder.parent.resolve() == run_dir.checkpoints.resolve():
+            saving.last = found.step
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
-    metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, terminal.say) if first else None
+    metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, progress.step, terminal.say) if first else None
     bar = Bar(terminal, "training", steps)
     caretaker = Caretaker(
         engine, saving, wishes, cfg.checkpoint, steps, unsaveable(cfg) is None,
@@ -162,10 +168,19 @@ def _train(
     def bad_step(row: loop.Row) -> None:
         terminal.say(f"step {row['step']}: {row['what']}; samples {row['samples']}: {row['action']}")
         if first:
-            run_dir.append_json("bad_steps.jsonl", row)
+            try:
+                run_dir.append_json("bad_steps.jsonl", row)
+            except OSError as error:
+                terminal.say(f"bad_steps.jsonl cannot be written: {error}")
 
     def keep(evaluation: Evaluation) -> None:
-        export(engine, recipe, run_dir.model, first)
+        problem = export(engine, recipe, run_dir.model, first)
+        if engine.any_of(problem is not None)[0]:
+            terminal.say(f"step {progress.step}: the model could not be written: {problem}")
+            if progress.step == steps:
+                raise RuntimeError(f"the model could not be written: {problem}; resume=auto tries again")
+            progress.best = None  # the next evaluation is the best again
+            return
         predictions[:] = evaluation.predictions
         if first and predictions:
             rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
@@ -188,12 +203,16 @@ def _train(
                 outcome = run_on()
                 break
             except loop.RewindError as error:
-                progress = _rewound(request, run_dir, engine, saving, [*progress.passed_over, error.batch])
+                progress = _rewound(request, run_dir, engine, saving, found, [*progress.passed_over, error.batch])
                 terminal.say(f"back after step {progress.step}, and on without samples of a bad step")
                 if metrics is not None:
-                    metrics.cut(progress.rows)
+                    metrics.cut(progress.rows, progress.step)
+        caretaker.close()
     except StopAsked:
         raise caretaker.stop(progress) from None
+    except BadStepError:
+        caretaker.close()
+        raise
     finally:
         bar.close()
         if metrics is not None:
@@ -217,12 +236,35 @@ def _train(
     return summary
 
 
-def _rewound(request: Request, run_dir: RunDir, engine: Engine, saving: Saving, passed_over: list[int]) -> Progress:
-    """The engine at the newest whole checkpoint, and how far the run was then; a collective call."""
+def _look_again(progress: Progress, found: Checkpoint, cfg: Config, run_dir: RunDir, steps: int) -> None:
+    """Forget the evaluations of a resumed run where this one judges by another metric, or has no model of theirs.
+
+    Raises RequestError where this run is shorter than what was done.
+    """
+    if progress.step > steps:
+        rule = f"the checkpoint is of step {progress.step}"
+        nearest = f"train.steps={progress.step}, or resume=PATH of an earlier one"
+        raise RequestError(Problem("train.steps", str(steps), rule, nearest))
+    other_metric = found.manifest["config"]["eval"]["metric"] != cfg.eval.metric
+    elsewhere = found.folder.parent.resolve() != run_dir.checkpoints.resolve()
+    if other_metric or elsewhere or (progress.step == steps and not run_dir.model.is_dir()):
+        progress.best, progress.value, progress.waiting = None, None, 0
+        progress.evaluated_at = min(progress.evaluated_at, 0)
+
+
+def _rewound(
+    request: Request, run_dir: RunDir, engine: Engine, saving: Saving, start: Checkpoint | None, passed_over: list[int]
+) -> Progress:
+    """The engine at the newest whole checkpoint of this run, and how far the run was then; a collective call.
+
+    start: what the run was resumed from, if it has not saved since.
+    """
     from launch.runtime.checkpoint import newest
 
     saving.finish()
-    found = _shared(request, lambda: newest(run_dir.checkpoints))
+    if saving.published:
+        start = None
+    found = _shared(request, lambda: start or newest(run_dir.checkpoints))
     if found is None:
         raise RuntimeError(f"faults.on_bad_step=rewind: no whole checkpoint in {run_dir.checkpoints} to go back to")
     progress = restored(engine, found, request.layout)

@@ -71,9 +71,16 @@ def facts(engine: Engine) -> dict[str, Any]:
     for state in states(optimizer):
         kinds |= {kind for kind, value in state.items() if torch.is_tensor(value) and kind != STEP}
         step = max(step, float(state.get(STEP, 0.0)))
-    scaler = getattr(optimizer, "loss_scaler", None) or optimizer
+    scaler = _scaler(optimizer)
     scale = {name: getattr(scaler, name) for name in SCALER if isinstance(getattr(scaler, name, None), int | float)}
     return {"kinds": sorted(kinds), "step": step, "schedule": engine.ds.lr_scheduler.last_epoch, "loss_scale": scale}
+
+
+def _scaler(optimizer: Any) -> Any:
+    """What holds a dynamic loss scale (deepspeed 0.19.8: by the stage, in one of two ways); None where it is fixed."""
+    found = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    is_dynamic = getattr(found, "dynamic", False) or getattr(found, "dynamic_loss_scale", False)
+    return found if is_dynamic else None
 
 
 def rng_state(device: torch.device) -> list[torch.Tensor]:
@@ -167,8 +174,8 @@ def restore(engine: Engine, saved: SavedState, facts: dict[str, Any], same_layou
     for name, buffer in persistent_buffers(engine.module):
         buffer.copy_(saved.whole(name, BUFFER))
     _restore_schedule(engine.ds, facts["schedule"])
-    scaler = getattr(optimizer, "loss_scaler", None) or optimizer
-    for name, value in facts["loss_scale"].items():
+    scaler = _scaler(optimizer)
+    for name, value in facts["loss_scale"].items() if scaler is not None else ():
         setattr(scaler, name, value)
     generators = saved.rng(engine.topology.rank) if same_layout else []
     if generators:

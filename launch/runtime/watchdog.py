@@ -55,7 +55,6 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._file(self._rank).unlink(missing_ok=True)
         self._thread.start()
         return self
 
