@@ -118,7 +118,7 @@ class Supervisor:
         """Ask the ranks alone: the launcher would kill them 30 s later, and ends by itself when they do."""
         if self._child is None:
             return
-        ranks = _ranks_below(self._child.pid)
+        ranks = ranks_below(self._child.pid)
         for rank in ranks:
             with contextlib.suppress(psutil.Error):
                 rank.terminate()
@@ -174,7 +174,7 @@ class Supervisor:
         print(f"supervise: {text}", flush=True)
 
 
-def _ranks_below(pid: int) -> list[psutil.Process]:
+def ranks_below(pid: int) -> list[psutil.Process]:
     """The training processes that a launcher has started."""
     found = []
     with contextlib.suppress(psutil.Error):

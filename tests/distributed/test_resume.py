@@ -259,16 +259,60 @@ def saves_on_a_full_disk(rank: int, world: int, folder: Path) -> list[Any]:
     json.dump = no_manifest
     found.append(save(2))
     json.dump = dump
-    return [*found, save(2)]
+    found += [save(2), save(2)]
+    if rank == 0:  # killed between the two renames of the second one
+        whole = folder / "step_00000002"
+        whole.rename(folder / ".step_00000002.old")
+        saving.sweep()
+        assert read(whole).damage() == []
+    return found
 
 
 def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
     """At each write of a rank's file, manifest and rename: all ranks say the same, nothing half is left."""
     ranks = run_ranks(2, saves_on_a_full_disk, tmp_path)
     assert ranks[0] == ranks[1]
-    first, *failed, again = ranks[0]
+    first, *failed, again, twice = ranks[0]
+    assert twice == again
     assert first == (True, "step 1: checkpoint", ["step_00000001"])
     assert again == (True, "step 2: checkpoint", ["step_00000001", "step_00000002"])
     assert len(failed) > 20
     for whole, said, left in failed:
         assert not whole and "no checkpoint" in said and "No space left" in said and left == ["step_00000001"]
+
+
+def back_to_the_start(rank: int, world: int, stages: list[int], folder: Path) -> list[list[float]]:
+    """Of each stage: losses of three steps, and of three steps again behind a rewind to before the first."""
+    from launch.runtime.checkpoint import newest
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.loop import Progress, training_batches
+    from launch.runtime.saving import Saving
+    from launch.runtime.session import restored
+    from launch.runtime.staged import make_engine
+
+    found = []
+    for stage in stages:
+        cfg, layout = adam(Case("llama", stage, data=2))
+        recipe = TinyCausalLM(cfg)
+        recipe.prepare()
+        engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 5)
+        saving = Saving(folder / str(stage), 2, 0, asdict(cfg), "rows")
+        saving.begin(engine, 0, asdict(Progress()))
+        losses = []
+        for _ in range(2):
+            for step in range(3):
+                batches = training_batches(step, layout.place(rank).data, recipe, cfg, layout)
+                losses.append(engine.train_step(batches).loss)
+            saving.finish()
+            start = newest(folder / str(stage))
+            assert start is not None
+            restored(engine, start, layout)
+        found.append(losses)
+        engine.ds.destroy()
+    return found
+
+
+def test_a_rewind_to_before_the_first_step_forgets_the_optimizers_state(tmp_path: Path) -> None:
+    """There is none in the checkpoint: what the engine has by then must not stay."""
+    for losses in run_ranks(2, back_to_the_start, [0, 1, 2, 3], tmp_path)[0]:
+        assert losses[:3] == losses[3:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import ROOT, SMALL, TRAIN, environment, launcher, rows, run
+
+from launch.supervise import ranks_below
 
 SUPERVISE = ROOT / "launch" / "supervise.py"
 RUN = "runs/quickstart"
@@ -30,17 +31,6 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes below a supervisor."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            words = child.cmdline()
-            if any(word.endswith("train.py") for word in words) and not any("launcher" in word for word in words):
-                found.append(child)
-    return found
-
-
 def test_ranks_that_die_and_a_stop(tmp_path: Path) -> None:
     """A SIGKILL of one rank: again from the checkpoint. SIGTERM: saved, 75, nobody left. And then to the end."""
     command = [sys.executable, SUPERVISE, "ranks=2", "backoff_s=0", *SLOW]
@@ -50,7 +40,7 @@ def test_ranks_that_die_and_a_stop(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     wait_for(tmp_path, 10, process)
-    ranks_of(process)[1].send_signal(signal.SIGKILL)
+    ranks_below(process.pid)[1].send_signal(signal.SIGKILL)
     time.sleep(1)
     before = max(int(entry.name[5:]) for entry in (tmp_path / RUN / "checkpoints").glob("step_*"))
     wait_for(tmp_path, before + 10, process)
