@@ -52,15 +52,15 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
 
     from recipes.models.build import package_folder, set_dropout
 
-    assert model.path is not None  # the caller asks only then
+    path = str(folder or model.path)
     extra = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
-    folder_or_name = folder or package_folder(model.path) or model.path
+    folder_or_name = folder or package_folder(path) or path
     try:
         config = AutoConfig.from_pretrained(folder_or_name, trust_remote_code=False, **extra)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         rule = f"no model configuration there: {reason}"
-        raise RequestError(Problem("model.path", model.path, rule, "a local folder or package:NAME")) from error
+        raise RequestError(Problem("model.path", path, rule, "a local folder or package:NAME")) from error
     return set_dropout(config, model.dropout)
 
 
