@@ -33,7 +33,7 @@ class Guard:
             if value is None:
                 continue
             usual = statistics.median(row[place] for row in recent)
-            if value > self._cfg.spike * usual:
+            if usual > 0 and value > self._cfg.spike * usual:
                 return f"{what} is {value:.4g}, {value / usual:.1f} times its median of the last {len(recent)} steps"
         return None
 

@@ -47,13 +47,12 @@ class Caretaker:
         if stop:
             raise StopAsked
 
-    def after_step(self, progress: Progress) -> bool:
-        """Save where a checkpoint is due. The last one is waited for."""
+    def after_step(self, progress: Progress) -> None:
+        """Save where a checkpoint is due."""
         every, last = self._cfg.every, progress.step == self._steps
         regular = bool(every) and progress.step % every == 0
         if regular or self._wanted or (last and (every or self._cfg.minutes is not None)):
             self.save(progress)
-        return True
 
     def close(self) -> None:
         """Wait for a save under way."""
