@@ -13,6 +13,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import launch.runtime.parents  # noqa: F401 - looks who started this process, while that one is surely there
 from launch.runtime.console import Terminal
+from launch.runtime.processes import check_port
 from launch.runtime.request import read_request, run_command
 from launch.runtime.session import train
 
@@ -21,6 +22,7 @@ COMMAND = "launch/train.py"
 
 def main(argv: list[str]) -> int:
     request = read_request(argv, COMMAND)
+    check_port(request.ranks)
     terminal = Terminal(request.ranks.first)
     try:
         train(request, terminal)

@@ -125,23 +125,38 @@ class MetricsLog:
         """rows, step: as of `cut`."""
         self._path, self._trackers, self._say = path, trackers, say
         self._waiting: list[str] = []
-        self._failed = False
-        self.cut(rows, step)
+        # stale: the file has rows that were cut, and could not be written since; all that counts waits in memory.
+        self._stale = self._failed = False
+        self._cut(rows, step)
 
     def cut(self, rows: int, step: int) -> None:
         """Drop what came behind the first `rows` rows, and behind a step; half a line, left by a crash, is none.
 
         The log may have fewer rows than the run: those before are in another directory's, or gone.
         """
+        try:
+            self._cut(rows, step)
+        except OSError as error:
+            self._failure(error)
+
+    def _cut(self, rows: int, step: int) -> None:
         lines = self._path.read_text().splitlines(keepends=True) if rows and self._path.is_file() else []
-        lines = [line for line in lines if line.endswith("\n")] + self._waiting
-        kept = [line for line in lines[:rows] if json.loads(line)["step"] <= step]
-        self._waiting = []
+        lines = ([] if self._stale else [line for line in lines if line.endswith("\n")]) + self._waiting
+        self._waiting = [line for line in lines[:rows] if json.loads(line)["step"] <= step]
+        self._stale = True
+        for tracker in list(self._trackers):
+            try:
+                tracker.begin([json.loads(line) for line in self._waiting])
+            except OSError as error:
+                self._give_up(tracker, error)
+        self._replace()
+
+    def _replace(self) -> None:
+        """Put the rows that wait in the place of those in the file."""
         scratch = self._path.with_name(f".{self._path.name}.tmp")
-        scratch.write_text("".join(kept))
+        scratch.write_text("".join(self._waiting))
         scratch.replace(self._path)
-        for tracker in self._trackers:
-            tracker.begin([json.loads(line) for line in kept])
+        self._waiting, self._stale, self._failed = [], False, False
 
     def log(self, row: Row) -> None:
         """Write a row. The trackers get it in any case."""
@@ -155,6 +170,9 @@ class MetricsLog:
 
     def _write(self) -> None:
         try:
+            if self._stale:
+                self._replace()
+                return
             # Opened for each row: the file may be gone. One write of whole lines: a crash leaves no half row.
             with self._path.open("a") as file:
                 file.write("".join(self._waiting))

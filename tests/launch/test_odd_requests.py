@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def test_a_model_that_cannot_be_built_is_refused(family: str, config: dict) -> N
 def test_odd_values_are_refused_without_a_traceback(odd: str, tmp_path: Path) -> None:
     done = run([sys.executable, PLAN, "+recipe=quickstart", odd], tmp_path, environment(tmp_path / "cache"))
     assert done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+
+
+def test_a_port_that_another_run_has_is_refused(tmp_path: Path) -> None:
+    """Every launcher begins with the same one."""
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        env = environment(tmp_path / "cache", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT=port)
+        done = run([sys.executable, TRAIN, *SMALL], tmp_path, env)
+    assert done.returncode == 2 and "--master_port" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_start_from_a_deleted_folder(tmp_path: Path) -> None:

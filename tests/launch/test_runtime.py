@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.errors import RequestError
 from conf.schema import BatchConfig, Config, SchedulerConfig, TrainConfig
+from launch.runtime.metrics import MetricsLog
 from launch.runtime.processes import Ranks, ranks_from_environment, threads_per_rank
 from launch.runtime.request import split_arguments
 from launch.runtime.run_dir import RunDir
@@ -103,3 +106,33 @@ class TestRunDir:
             run_dir.write_json("summary.json", {"a": object()})
         assert (tmp_path / "summary.json").read_text() == '{\n  "a": 1\n}\n'
         assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_metrics_that_a_full_disk_keeps_from_being_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rewind on a full disk: the run goes on, and the file is that of the run as soon as it can be written."""
+    said: list[str] = []
+    log = MetricsLog(tmp_path / "metrics.jsonl", [], say=said.append)
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    for step in (1, 2, 3):
+        log.log({"step": step})
+    with monkeypatch.context() as full:
+
+        opened = Path.open
+
+        def no_space(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+            if mode != "r":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return opened(path, mode, *rest, **more)
+
+        full.setattr(Path, "open", no_space)
+        log.cut(2, 2)
+        log.log({"step": 3})
+    assert len(said) == 1 and "No space left" in said[0] and steps() == [1, 2, 3]
+    log.log({"step": 4})
+    assert steps() == [1, 2, 3, 4]
+    log.cut(1, 1)
+    log.log({"step": 2})
+    assert steps() == [1, 2]
