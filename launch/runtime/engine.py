@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from conf.batch import Layout, sizes
 from conf.errors import RequestError
 from conf.schema import Config
+from launch.runtime import kernels
 from launch.runtime.allocator import memory_stays
 from launch.runtime.build import build
 from launch.runtime.fragments import optimizer_of
@@ -121,6 +122,7 @@ class Engine:
 
         # deepspeed 0.19.8 keeps the last engine's: a second run in this process (a notebook) would take it for its own.
         groups.mpu = None
+        kernels.build_for(cfg)
         self.ds, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, cfg.optimizer.weight_decay),

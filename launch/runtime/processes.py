@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import Problem, RequestError
+from launch.runtime import kernels
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     if device == "cpu":
-        _build_communication_kernel()
+        kernels.build("ShareMemCommBuilder")
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         _forget_shared_memory(ranks)
@@ -118,27 +119,6 @@ def _forget_shared_memory(ranks: Ranks) -> None:
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}"
     with contextlib.suppress(OSError):
         (Path("/dev/shm") / name).unlink(missing_ok=True)
-
-
-def _build_communication_kernel() -> None:
-    """Compile the engine's shared-memory kernel for CPU ranks, one process at a time; quick when that was done before.
-
-    torch's own lock is a file that an interrupted build leaves behind, and then every later run waits for it without a
-    word. Ours ends with its process; whoever holds it may take torch's away.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from filelock import FileLock
-    from torch.utils import cpp_extension
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible(verbose=False):
-        return
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "deepspeed_recipes.lock"):
-        for stale in root.glob(f"**/{builder.name}/lock"):
-            stale.unlink(missing_ok=True)
-        builder.load(verbose=False)
 
 
 def leave() -> None:

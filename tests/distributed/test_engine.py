@@ -332,5 +332,5 @@ def named_shared_memory(rank: int, world: int) -> tuple[list[str], float]:
 
 
 def test_deepspeed_0_19_8_leaves_its_shared_memory_to_nobody() -> None:
-    """It never takes the names away: a killed run would keep the memory, and give its states to the next on its port."""
+    """It never takes the names away: a killed run would keep the memory, and its states meet the next on its port."""
     assert run_ranks(2, named_shared_memory) == [([], 3.0)] * 2

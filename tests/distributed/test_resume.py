@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,12 @@ import torch
 from layouts import Case, configuration
 from ranks import run_ranks
 from tiny import TinyCausalLM
+from torch.utils.cpp_extension import get_default_build_root
 
 from conf.batch import Layout
+from conf.rules_run import RESUMED
 from conf.schema import Config, OptimizerConfig
+from launch.runtime import tensor_file
 from launch.runtime.checkpoint import read
 from launch.runtime.state import SavedState
 from recipes.models.tensor_parallel import Cut
@@ -46,10 +53,28 @@ SAME = (
 )  # fmt: skip
 
 
-def adam(case: Case) -> tuple[Config, Layout]:
-    """Adam: its state is two tensors and a step, and dropout where a family has it."""
+ADAM: dict[str, Any] = {"name": "adamw", "lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8}
+OTHERS: tuple[tuple[dict[str, Any], tuple[int, ...]], ...] = (
+    ({"name": "adam", "lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "fused": False}, (1, 3)),
+    ({"name": "sgd", "lr": 0.1, "momentum": 0.9}, (0, 1, 2, 3)),
+    ({"name": "adagrad", "lr": 1e-2, "eps": 1e-10}, (0,)),
+)
+"""The other optimizers that can be resumed, and the ZeRO stages at which the engine has them; Lion: see OFFLOADED."""
+LION: dict[str, Any] = {"name": "lion", "lr": 1e-3, "betas": [0.9, 0.99]}
+HAS_LION = (Path(get_default_build_root()) / "cpu_lion" / "cpu_lion.so").is_file()
+OFFLOADED = (
+    ADAM,
+    pytest.param(
+        LION, marks=pytest.mark.skipif(not HAS_LION, reason="its kernel was never built here, which takes a minute")
+    ),
+)
+"""The optimizers with a kernel for CPUs."""
+
+
+def configured(case: Case, optimizer: dict[str, Any] = ADAM) -> tuple[Config, Layout]:
+    """By default Adam: its state is two tensors and a step; and dropout where a family has it."""
     cfg, layout = configuration(case)
-    cfg.optimizer = OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8)
+    cfg.optimizer = OptimizerConfig(weight_decay=0.1, **optimizer)
     cfg.scheduler.name, cfg.scheduler.warmup_steps = "cosine", 3
     if case.model == "gpt2":
         cfg.model.config |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -63,6 +88,45 @@ class Job:
     case: Case
     folder: Path
     first: int = 0
+    optimizer: dict[str, Any] = field(default_factory=lambda: ADAM)
+    frozen: tuple[str, ...] = ()
+    """What the names of the parameters begin with that are not trained."""
+    offload: str = "none"
+    slow_s: float = 0.0
+    """Seconds that the disk takes for each piece of a file."""
+
+
+@contextlib.contextmanager
+def frozen(prefixes: tuple[str, ...]) -> Iterator[None]:
+    """Engines train no parameter whose name begins so."""
+    from launch.runtime import engine
+
+    build = engine.build
+
+    def freezing(*args: Any) -> Any:
+        stages = build(*args)
+        for stage in stages:
+            for name, parameter in stage.model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not name.startswith(prefixes))
+        return stages
+
+    engine.build = freezing if prefixes else build
+    try:
+        yield
+    finally:
+        engine.build = build
+
+
+def slow_disk(seconds: float) -> Any:
+    """The pieces of a file, each after a while."""
+    parts = tensor_file._parts
+
+    def slowly(head: bytes, values: Any) -> Any:
+        for part in parts(head, values):
+            time.sleep(seconds)
+            yield part
+
+    return slowly
 
 
 def work(rank: int, world: int, jobs: list[Job]) -> list[dict[str, Any]]:
@@ -77,13 +141,15 @@ def work(rank: int, world: int, jobs: list[Job]) -> list[dict[str, Any]]:
     from launch.runtime.session import restored
     from launch.runtime.staged import make_engine
 
-    results = []
+    results, parts, started = [], tensor_file._parts, 0.0
     for job in jobs:
-        cfg, layout = adam(job.case)
+        cfg, layout = configured(job.case, job.optimizer)
+        cfg.zero.offload_optimizer = job.offload
         recipe = TinyCausalLM(cfg)
         recipe.prepare()
         config = ds_config(cfg, layout, "cpu")
-        engine = make_engine(recipe, cfg, layout, config, torch.device("cpu"), BEFORE + AFTER)
+        with frozen(job.frozen):
+            engine = make_engine(recipe, cfg, layout, config, torch.device("cpu"), BEFORE + AFTER)
         saving = Saving(job.folder / "checkpoints", 2, 0, asdict(cfg), "rows")
         result: dict[str, Any] = {"losses": [], "rates": [], "samples": []}
         if job.first:
@@ -99,8 +165,13 @@ def work(rank: int, world: int, jobs: list[Job]) -> list[dict[str, Any]]:
             result["samples"].append([sample for part in sample_indices(step, data, cfg, layout) for sample in part])
             if not job.first and step + 1 == BEFORE:
                 result["at"] = weights(engine)
+                tensor_file._parts = slow_disk(job.slow_s) if job.slow_s else parts
                 saving.begin(engine, BEFORE, asdict(Progress(step=BEFORE)))
+                started = time.monotonic()
+        result["steps_s"] = time.monotonic() - started
         assert saving.finish()
+        result["saved_s"] = time.monotonic() - started
+        tensor_file._parts = parts
         result["last"] = weights(engine)
         engine.ds.destroy()
         results.append(result)
@@ -155,13 +226,7 @@ def continued(world: int) -> dict[Case, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("case", SAME, ids=str)
 def test_the_same_layout_goes_on_bit_for_bit(case: Case) -> None:
-    _, before = unbroken(case.world)[case]
-    for rank, again in zip(before, continued(case.world)[case], strict=True):
-        assert again["losses"] == rank["losses"][BEFORE:] and again["rates"] == rank["rates"][BEFORE:]
-        for moment in ("at", "last"):
-            assert again[moment].keys() == rank[moment].keys()
-            for name, value in rank[moment].items():
-                assert np.array_equal(again[moment][name], value), f"{moment}: {name}"
+    same(unbroken(case.world)[case][1], continued(case.world)[case])
 
 
 @pytest.mark.parametrize("to", TO, ids=str)
@@ -198,6 +263,89 @@ def cuts() -> dict[str, Cut]:
     return {name: Cut(*facts["cut"], tuple(facts["shape"])) for name, facts in tensors.items() if facts["cut"]}
 
 
+def same(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    """The steps behind a checkpoint are those that the run took itself, bit for bit."""
+    for rank, again in zip(before, after, strict=True):
+        assert again["losses"] == rank["losses"][BEFORE:] and again["rates"] == rank["rates"][BEFORE:]
+        for moment in ("at", "last"):
+            assert again[moment].keys() == rank[moment].keys()
+            for name, value in rank[moment].items():
+                assert np.array_equal(again[moment][name], value), f"{moment}: {name}"
+
+
+def test_every_optimizer_that_is_resumed(tmp_path: Path) -> None:
+    """At each ZeRO stage that it has: the same layout bit for bit; another one to rounding."""
+    cases = [(Case("llama", stage, data=2), optimizer) for optimizer, stages in OTHERS for stage in stages]
+    assert {optimizer["name"] for optimizer, _ in OTHERS} | {"adamw", "lion"} == set(RESUMED)
+    whole_runs = [Job(case, tmp_path / str(number), 0, optimizer) for number, (case, optimizer) in enumerate(cases)]
+    again = [dataclasses.replace(job, first=BEFORE) for job in whole_runs]
+    others = [
+        dataclasses.replace(job, first=BEFORE, case=Case("llama", 0 if job.optimizer["name"] == "adagrad" else 1,
+                                                         tensor=2))
+        for job in whole_runs
+    ]  # fmt: skip
+    befores, afters, elsewhere = (by_rank(2, jobs) for jobs in (whole_runs, again, others))
+    for before, after, other in zip(befores, afters, elsewhere, strict=True):
+        same(before, after)
+        np.testing.assert_allclose(other[0]["losses"], before[0]["losses"][BEFORE:], rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("optimizer", OFFLOADED, ids=lambda optimizer: optimizer["name"])
+def test_an_offloaded_optimizer(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    """The same bit for bit; from and to the device to rounding, where there the optimizer is the same one."""
+    jobs = [
+        Job(Case("llama", stage, data=2), tmp_path / str(stage), optimizer=optimizer, offload="cpu")
+        for stage in (1, 2, 3)
+    ]
+    if optimizer is ADAM:
+        jobs.append(Job(Case("llama", 1, data=2), tmp_path / "device"))
+    again = [dataclasses.replace(job, first=BEFORE) for job in jobs]
+    # Of each the checkpoint of the one before.
+    others = [
+        dataclasses.replace(job, first=BEFORE, folder=before.folder)
+        for job, before in zip(jobs, jobs[-1:] + jobs[:-1], strict=True)
+    ]
+    befores, afters, elsewhere = (by_rank(2, some) for some in (jobs, again, others))
+    for number, (before, after) in enumerate(zip(befores, afters, strict=True)):
+        same(before, after)
+        np.testing.assert_allclose(
+            elsewhere[number][0]["losses"], befores[number - 1][0]["losses"][BEFORE:], rtol=RELATIVE
+        )
+
+
+def test_parameters_that_are_not_trained(tmp_path: Path) -> None:
+    """They are in the checkpoint, in any layout, and stay as they are."""
+    names = ("model.embed_tokens", "model.layers.1.")
+    cases = [Case("llama", stage, data=2) for stage in (0, 1, 2, 3)] + [Case("llama", 1, tensor=2)]
+    jobs = [Job(case, tmp_path / str(number), frozen=names) for number, case in enumerate(cases)]
+    again = [dataclasses.replace(job, first=BEFORE) for job in jobs]
+    # Of each the checkpoint of the next.
+    others = [
+        dataclasses.replace(job, first=BEFORE, case=case) for job, case in zip(jobs, cases[1:] + cases[:1], strict=True)
+    ]
+    befores, afters, elsewhere = (by_rank(2, some) for some in (jobs, again, others))
+    for job, before, after, other in zip(jobs, befores, afters, elsewhere, strict=True):
+        same(before, after)
+        np.testing.assert_allclose(other[0]["losses"], before[0]["losses"][BEFORE:], rtol=RELATIVE)
+        found = read(job.folder / "checkpoints" / f"step_{BEFORE:08d}")
+        saved = SavedState(found.files, found.manifest["tensors"], found.manifest["layout"]["tensor"])
+        for name in saved.names:
+            assert saved.has(name, "frozen") == name.startswith(names) != saved.has(name, "exp_avg")
+
+
+def test_a_slow_disk(tmp_path: Path) -> None:
+    """Training goes on beside a save that takes longer than its steps, and what is written is the state of its step."""
+    cases = [Case("llama", stage, data=2) for stage in (0, 1, 3)]
+    quick = [Job(case, tmp_path / f"quick_{case.stage}") for case in cases]
+    slow = [dataclasses.replace(job, folder=tmp_path / f"slow_{job.case.stage}", slow_s=0.05) for job in quick]
+    again = [dataclasses.replace(job, first=BEFORE) for job in slow]
+    befores, slows, afters = by_rank(2, quick), by_rank(2, slow), by_rank(2, again)
+    for before, beside, after in zip(befores, slows, afters, strict=True):
+        assert all(rank["saved_s"] > rank["steps_s"] for rank in beside), "the steps waited for the disk"
+        assert [rank["losses"] for rank in beside] == [rank["losses"] for rank in before]
+        same(before, after)
+
+
 class Full(OSError):
     """What the system says of a full disk."""
 
@@ -207,14 +355,13 @@ class Full(OSError):
 
 def saves_on_a_full_disk(rank: int, world: int, folder: Path) -> list[Any]:
     """Save once; then fail at each write of another save, and at its rename; then save again. What each one said."""
-    import launch.runtime.tensor_file as tensor_file
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import Progress
     from launch.runtime.saving import Saving
     from launch.runtime.staged import make_engine
     from launch.runtime.state import own_tensors
 
-    cfg, layout = adam(Case("llama", 1, data=2))
+    cfg, layout = configured(Case("llama", 1, data=2))
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
     engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 2)
@@ -292,7 +439,7 @@ def back_to_the_start(rank: int, world: int, stages: list[int], folder: Path) ->
 
     found = []
     for stage in stages:
-        cfg, layout = adam(Case("llama", stage, data=2))
+        cfg, layout = configured(Case("llama", stage, data=2))
         recipe = TinyCausalLM(cfg)
         recipe.prepare()
         engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 5)

@@ -119,7 +119,6 @@ def test_metrics_that_a_full_disk_keeps_from_being_cut(tmp_path: Path, monkeypat
     for step in (1, 2, 3):
         log.log({"step": step})
     with monkeypatch.context() as full:
-
         opened = Path.open
 
         def no_space(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
