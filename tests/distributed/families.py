@@ -165,7 +165,7 @@ def document(found: dict[str, dict[str, str]]) -> str:
     some = {kind: verdicts for kind, verdicts in found.items() if not all(verdicts.values())}
     for kind, verdicts in sorted(some.items()):
         lines.append(f"| {kind} | " + " | ".join("no" if verdicts[name] else "yes" for name in LAYOUTS) + " |")
-    lines += ["", "## Why not", ""]
+    lines += ["", *encoders(), "", "## Why not", ""]
     for kind, verdicts in sorted(found.items()):
         reasons: dict[str, list[str]] = {}
         for name, why in verdicts.items():
@@ -175,6 +175,29 @@ def document(found: dict[str, dict[str, str]]) -> str:
             which = "" if len(names) == len(LAYOUTS) else f" ({', '.join(names)})"
             lines.append(f"- {kind}{which}: {why}")
     return "\n".join(lines) + "\n"
+
+
+def encoders() -> list[str]:
+    """The table of encoders: the cases of the test that trains them."""
+    from test_encoders import HEADS, IMAGES, LAYOUTS, TEXT, UNCUT
+
+    columns = {"tensor": "tensor", "pipeline": "pipeline", "v": "pipeline, DualPipeV",
+               "tensor and pipeline": "tensor and pipeline"}  # fmt: skip
+    assert tuple(columns) == LAYOUTS
+    lines = [
+        "## Encoders and heads that classify",
+        "",
+        f"The same for models with heads of {', '.join(HEADS[:-1])} and {HEADS[-1]}, or of ImageClassification:",
+        "`pytest tests/distributed/test_encoders.py`. In the list above, encoders stand as transformers' causal models",
+        "of that name; one that sees the token it predicts is refused.",
+        "",
+        "| family | " + " | ".join(columns.values()) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for family in (*TEXT, *IMAGES):
+        legal = ["yes" if family not in UNCUT or layout == "tensor" else "no" for layout in columns]
+        lines.append(f"| {family} | " + " | ".join(legal) + " |")
+    return lines
 
 
 def main(kinds: list[str]) -> None:

@@ -66,6 +66,7 @@ class Case:
     data: int = 1
     tensor: int = 1
     pipeline: int = 1
+    beams: int = 1
 
     @property
     def world(self) -> int:
@@ -78,7 +79,7 @@ MODELS = {
     "question_answering": (("bert", BERT),),
     "translation": (("bart", BART), ("llama", LLAMA)),
     "image_classification": (("vit", VIT), ("convnext", CNN)),
-    "regression": (("linear_regression", {}),),
+    "regression": (("linear_regression", {}), ("bert", BERT)),
 }
 CONFIGS = {name: config for models in MODELS.values() for name, config in models}
 
@@ -94,6 +95,11 @@ def layouts(task: str, model: str) -> list[Case]:
 
 
 CASES = [case for task, models in MODELS.items() for model, _ in models for case in layouts(task, model)]
+BEAMS = {
+    data: [Case("translation", model, stage, data, beams=3)
+           for model in ("bart", "llama") for stage in ((0,) if data == 1 else (0, 3))]
+    for data in (1, 2)
+}  # fmt: skip
 COUNTS = [Case(task, model, 0, data) for task, models in MODELS.items() for model, _ in models for data in (1, 2, 4)]
 
 
@@ -104,6 +110,7 @@ DATA: dict[str, dict[str, Any]] = {
     "translation": {"kind": "lines", "path": "one.txt", "target_path": "other.txt"},
     "image_classification": {"kind": "digits"},
     "regression": {"kind": "line"},
+    "regression of texts": {"kind": "jsonl", "path": "values.jsonl", "label": "value"},
 }
 """Keys of `data` for each task; files are relative to a folder."""
 
@@ -114,6 +121,8 @@ def write_rows(folder: Path) -> None:
     sentences = [" ".join(draw.choice(WORDS, draw.integers(2, 14))) for _ in range(40)]
     rows = [{"text": text, "label": ["cat", "dog", "none"][number % 3]} for number, text in enumerate(sentences)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = [{"text": text, "value": text.count("cat") - 0.5 * text.count("dog")} for text in sentences]
+    (folder / "values.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
     tagged = [
         "\n".join(f"{word}\t{'B-thing' if word in ('cat', 'dog') else 'O'}" for word in text.split())
         for text in sentences
@@ -131,7 +140,9 @@ def write_rows(folder: Path) -> None:
 
 def configuration(case: Case, folder: Path) -> tuple[Config, Layout]:
     accumulation = 2
-    given = {key: str(folder / value) if "path" in key else value for key, value in DATA[case.task].items()}
+    of_texts = case.task == "regression" and case.model != "linear_regression"
+    data = DATA["regression of texts" if of_texts else case.task]
+    given = {key: str(folder / value) if "path" in key else value for key, value in data.items()}
     cfg = Config(
         task=case.task,
         model=ModelConfig(type=case.model, config=dict(CONFIGS[case.model])),
@@ -142,7 +153,7 @@ def configuration(case: Case, folder: Path) -> tuple[Config, Layout]:
         train=TrainConfig(steps=3),
         optimizer=OptimizerConfig(name="sgd", lr=0.1, momentum=0.0, gradient_clipping=0.0),
         scheduler=SchedulerConfig(name="constant"),
-        eval=EvalConfig(micro_size=3, new_tokens=8),
+        eval=EvalConfig(micro_size=3, new_tokens=8, beams=case.beams),
     )
     cfg.zero.stage, cfg.zero.param_persistence_threshold = case.stage, 0
     cfg.parallel.tensor, cfg.parallel.pipeline = case.tensor, case.pipeline
@@ -250,3 +261,20 @@ def test_predictions_do_not_depend_on_the_number_of_ranks(task: str, model: str,
         else:
             assert shown == expected
         assert metrics == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_beams(folder: Path) -> None:
+    """A search over several continuations: the same on one and two ranks and under ZeRO-3, and not the greedy texts."""
+    found = {
+        case: results(data, tuple(cases), folder, 3)[number][0][3]
+        for data, cases in BEAMS.items()
+        for number, case in enumerate(cases)
+    }
+    for model in ("bart", "llama"):
+        texts = {case: [row["prediction"] for row in rows] for case, rows in found.items() if case.model == model}
+        alone = texts[Case("translation", model, 0, 1, beams=3)]
+        assert len(texts) == 3 and all(those == alone for those in texts.values())
+        greedy = Case("translation", model, 0, 1)
+        mine = tuple(case for case in COUNTS if case.data == 1)
+        rows = results(1, mine, folder, 3)[mine.index(greedy)][0][3]
+        assert [row["prediction"] for row in rows] != alone

@@ -12,6 +12,9 @@ import psutil
 import pytest
 from commands import ROOT, SMALL, TRAIN, environment, launcher, rows, run
 
+from conf.compose import compose
+from conf.environment import Environment
+from launch import supervise
 from launch.supervise import ranks_below
 
 SUPERVISE = ROOT / "launch" / "supervise.py"
@@ -88,3 +91,27 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
         process.wait(30)
         newest = max(int(entry.name[5:]) for entry in (folder / RUN / "checkpoints").glob("step_*"))
         assert newest == max(row["step"] for row in rows(folder / RUN)[0])
+
+
+def test_a_rank_that_never_lives_is_given_up(tmp_path: Path) -> None:
+    """Two starts in vain, and the run goes on with fewer ranks, to its end."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    os._exit(9)\n")
+    env = environment(tmp_path / "cache", PYTHONPATH=str(site))
+    done = run([sys.executable, SUPERVISE, "ranks=2", "backoff_s=0", *SMALL, "checkpoint.every=2"], tmp_path, env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("supervise:") and "on" in line]
+    assert ["on 2 ranks" in line for line in said[:2]] == [True, False] and "on 1 ranks" in said[1], done.stdout
+    assert "2 restarts" in done.stdout
+    assert [row["step"] for row in rows(tmp_path / RUN)[0]] == [1, 2, 3, 4]
+
+
+def test_gpus_that_went_away_are_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start has as many ranks as there are GPUs, and as are legal, but no fewer than `least`."""
+    words = ["+recipe=quickstart", "batch.micro_size=null", "batch.accumulation=1"]
+    for gpus, least, expected in ((4, 1, 4), (3, 1, 2), (2, 1, 2), (1, 1, 1), (3, 3, 4)):
+        monkeypatch.setattr(supervise, "detect", lambda gpus=gpus: Environment("cuda", gpus, bf16_supported=True))
+        own = {"ranks": 4, "least": least, "restarts": 3, "backoff_s": 0}
+        supervisor = supervise.Supervisor(words, own, compose([*words, "resume=auto"], 4))
+        assert supervisor._left(4) == expected, gpus
