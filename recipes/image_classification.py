@@ -46,15 +46,12 @@ class ImageClassification(Supervised):
             return [Problem(where, "", f"column '{columns['image']}' holds no image")]
         import io
 
-        from PIL import Image
+        from recipes.data.images import pixels
 
         try:
-            picture = Image.open(io.BytesIO(value["bytes"]))
-            grey = picture.mode in ("1", "L", "I;16")
-            pixels = np.array(picture.convert("L" if grey else "RGB"))
-        except OSError as error:
+            content["image"] = pixels(io.BytesIO(value["bytes"]))
+        except Exception as error:  # a broken image raises anything, by its format
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
-        content["image"] = pixels.reshape(*pixels.shape[:2], -1)
         return []
 
     def is_empty(self, content: dict[str, Any]) -> bool:

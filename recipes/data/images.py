@@ -10,7 +10,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -216,17 +216,24 @@ def _classless(path: Path) -> Problem:
     return Problem(str(path), "", "lies in no folder of a class", "FOLDER/CLASS/NAME, and FOLDER as the path")
 
 
+def pixels(file: Path | BinaryIO) -> np.ndarray:
+    """(H, W, 1 or 3) uint8: grey (Pillow's mode "L", or 16 bits) or RGB. Raises whatever Pillow does."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # Pillow would clip these at 255
+            return (np.asarray(image) // 257).astype(np.uint8)[..., None]
+        array = np.array(image if image.mode == "L" else image.convert("RGB"))
+        return array if array.ndim == 3 else array[..., None]
+
+
 def _read_image(path: Path, problems: Problems) -> np.ndarray | None:
-    """(H, W, 1 or 3) uint8; None (and a problem) for a file that Pillow cannot read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """`pixels` of a file; None (and a problem) for one that Pillow cannot read."""
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow would clip these at 255
-                return (np.asarray(image) // 257).astype(np.uint8)[..., None]
-            array = np.array(image if image.mode == "L" else image.convert("RGB"))
-            return array if array.ndim == 3 else array[..., None]
+        return pixels(path)
     except UnidentifiedImageError:
         problems.add(Problem(str(path), "", "not an image that Pillow can read"))
     except Exception as error:  # a broken file raises anything from SyntaxError to struct.error, by its format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,30 @@ def test_mnist(prepared: Any, tmp_path: Path) -> None:
     assert recipe.labels == [str(digit) for digit in range(10)]
     batch = recipe.collate([recipe.train.row(0)], 2)
     assert batch["pixel_values"].shape == (2, 1, 28, 28)
+
+
+def test_images_of_the_hub(prepared: Any, tmp_path: Path) -> None:
+    """MNIST as the hub has it: a column of PNG files, and one of classes with names."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    draw = np.random.default_rng(0)
+    pictures = [draw.integers(0, 256, (28, 28), np.uint8) for _ in range(20)]
+    names = [str(digit) for digit in range(10)]
+    content = {"image": [png(picture) for picture in pictures], "label": [number % 10 for number in range(20)]}
+    rows = Dataset.from_dict(content, features=Features({"image": Image(), "label": ClassLabel(names=names)}))
+    (tmp_path / "hub").mkdir()
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    recipe = prepared("mnist", "data=hub", f"data.name={tmp_path / 'hub'}", "data.eval_split=test")
+    assert recipe.labels == names and (len(recipe.train), len(recipe.held_out)) == (20, 20)
+    read = {recipe.train.row(number)["pixels"].tobytes() for number in range(20)}
+    assert read == {picture.tobytes() for picture in pictures}
+
+
+def png(picture: np.ndarray) -> dict[str, Any]:
+    """As the column of a data set has it."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
