@@ -160,7 +160,7 @@ def bubble_of(rank: int, world: int, most: float, split: list[int], accumulation
     cfg.parallel.pipeline_split = split
     recipe = TinyCausalLM(cfg)
     recipe.prepare()
-    engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 3)
+    engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 12)
 
     for layer in engine.module.base_model.layers:
         if next(layer.parameters(), None) is not None:
