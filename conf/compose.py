@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -45,7 +47,7 @@ def compose(overrides: Iterable[str], world_size: int, environment: Environment 
         raise RequestError(problems)
     if world_size < 1:
         raise RequestError([*problems, Problem("world_size", str(world_size), "at least one rank", "world_size=1")])
-    read.values = {**_what_a_choice_brings(read), **read.values}
+    _give_way(read)
     config, failures = _compose(read)
     problems += failures
     if config is not None:
@@ -87,24 +89,42 @@ def _description(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _what_a_choice_brings(read: Overrides) -> dict[str, str]:
-    """Values that give way to what the user chose, because the recipe set them for its own choice.
+OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "stride", "cache_dir")
+"""Keys of `data` that say what is done with rows, whatever source they come from."""
+
+
+def _give_way(read: Overrides) -> None:
+    """Take back what the recipe set for its own choice, where the user chose another one.
 
     `train.steps` replaces a recipe's epochs and the other way round; another optimizer than the recipe's comes with its
-    own learning rate; held-out data of one's own replaces a share of the rows.
+    own learning rate; held-out data of one's own replaces a share of the rows. `data=` brings a source with columns and
+    labels of its own; a pretrained model brings its configuration and vocabulary.
     """
-    brought = {}
-    recipe = yaml.safe_load((CONF_DIR / "recipe" / f"{read.choices['recipe']}.yaml").read_text())
+    brought: dict[str, str] = {}
+    recipe = _choice("recipe", read.choices["recipe"])
+    defaults = {k: v for entry in recipe.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
+    data, chosen = recipe.get("data", {}), {group: _choice(group, name) for group, name in read.choices.items()}
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
         if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
             brought[f"train.{theirs}"] = "null"
-    if "held_out" in recipe.get("data", {}) and {"data.eval_path", "data.eval_split"} & read.values.keys():
+    if "held_out" in data and {"data.eval_path", "data.eval_split"} & read.values.keys():
         brought["data.held_out"] = str(DataConfig.held_out)
-    chosen = read.choices.get("optimizer")
-    defaults = {k: v for entry in recipe.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
-    if chosen is not None and chosen != defaults.get("override /optimizer"):
-        brought["optimizer.lr"] = str(yaml.safe_load((CONF_DIR / "optimizer" / f"{chosen}.yaml").read_text())["lr"])
-    return brought
+    if "optimizer" in chosen and read.choices["optimizer"] != defaults.get("override /optimizer"):
+        brought["optimizer.lr"] = str(chosen["optimizer"]["lr"])
+    if "data" in chosen:
+        plain = {**asdict(DataConfig()), **chosen["data"]}
+        brought |= {f"data.{key}": json.dumps(plain[key]) for key in data if key not in OF_ROWS}
+    if read.choices.get("model") == "pretrained":
+        own = recipe.get("model", {}).get("config", {})
+        read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
+        if "vocab_size" in data:
+            brought["data.vocab_size"] = "null"
+    read.values = {**brought, **read.values}
+
+
+def _choice(group: str, name: str) -> dict[str, Any]:
+    """What the file of a choice says."""
+    return yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {}
 
 
 def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:

@@ -18,7 +18,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "stdlib": (),
     "text": ("path", "eval_path"),
     "jsonl": ("path", "eval_path", *COLUMNS),
-    "csv": ("path", "eval_path", "delimiter", "header", "text", "prompt", "completion"),
+    "csv": ("path", "eval_path", "delimiter", "header", "quoting", "text", "prompt", "completion"),
     "parquet": ("path", "eval_path", *COLUMNS),
     "hub": ("name", "subset", "split", "eval_split", *COLUMNS),
     **dict.fromkeys(("conll", "squad", "lines", "idx", "images"), ("path", "eval_path")),

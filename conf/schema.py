@@ -83,6 +83,8 @@ class SourceConfig:
     """Field delimiter of csv files."""
     header: list[str] | None = None
     """Column names of csv files that have no header line."""
+    quoting: bool | None = None
+    """Whether fields of csv files may stand in quotation marks; null: yes, but not where tabs delimit them."""
     weight: float = 1.0
     """Share of this source in a mixture, in sequences, relative to the other weights."""
 

@@ -52,8 +52,7 @@ def main(argv: list[str]) -> int:
     terminal = Terminal(ranks.first)
     try:
         processes.set_environment(ranks, request.device)
-        recipe = prepare(request, terminal)
-        recipe.finished = True
+        recipe = prepare(request, terminal, finished=True)
         terminal.capture(Path(tempfile.mkdtemp()) / f"rank_{ranks.rank}.log")
         device = processes.join(ranks, request.device, cfg.train.threads)
         try:
@@ -66,8 +65,8 @@ def main(argv: list[str]) -> int:
         terminal.release()
     if ranks.first:
         if out is not None:
-            rows = ({key: value for key, value in row.items() if key[0] != "_"} for row in evaluation.predictions)
-            out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+            out.write_text("".join(lines))
         print(json.dumps(evaluation.metrics))
     return 0
 

@@ -4,7 +4,8 @@ Starts `deepspeed --num_gpus N launch/train.py … resume=auto`, and again from 
 at most `restarts` times, each time twice as long after the last (from backoff_s up to five minutes) unless the run got
 further. With the ranks that are left: GPUs that went away are not counted on, and after two starts in a row that got no
 further it goes on with fewer ranks, never fewer than `least`. Then it says what the interruptions cost (goodput).
-Ctrl-C and SIGTERM reach the run, which saves a checkpoint; the exit code is 75 then.
+Ctrl-C and SIGTERM reach the run, which saves a checkpoint; the exit code is 75 then. So does SIGUSR1, which asks for a
+checkpoint only.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, self._pass_on)
+        signal.signal(signal.SIGUSR1, self._ask_for_a_checkpoint)
         ranks, record = self._own["ranks"], self._record
         while True:
             before = self._saved()
@@ -113,6 +115,11 @@ class Supervisor:
     def _pass_on(self, number: int, frame: object) -> None:
         self._asked = True
         self._stop_child()
+
+    def _ask_for_a_checkpoint(self, number: int, frame: object) -> None:
+        for rank in ranks_below(self._child.pid)[:1] if self._child is not None else ():
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(number)
 
     def _stop_child(self) -> None:
         """Ask the ranks alone: the launcher would kill them 30 s later, and ends by itself when they do."""

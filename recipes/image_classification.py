@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from conf.errors import Problem
+from conf.errors import Problem, RequestError
 from recipes.base import Prediction
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row
-from recipes.supervised import IGNORE, Supervised
+from recipes.supervised import IGNORE, NO_TEXT, Supervised
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ class ImageClassification(Supervised):
     }
     KEYS = ("image", "label", "labels", "target_path", "eval_target_path")
     ARRAYS = {"pixels": "uint8", "labels": "int32"}  # noqa: RUF012
+    UNUSED = (*Supervised.UNUSED, *NO_TEXT)
     METRICS = {"loss": "min", "accuracy": "max", "macro_f1": "max", "mcc": "max"}  # noqa: RUF012
 
     def columns(self) -> dict[str, str]:
@@ -42,14 +43,14 @@ class ImageClassification(Supervised):
 
     def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
         value = content["image"]
-        if not isinstance(value, dict) or not value.get("bytes"):
+        if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             return [Problem(where, "", f"column '{columns['image']}' holds no image")]
         import io
 
         from recipes.data.images import pixels
 
         try:
-            content["image"] = pixels(io.BytesIO(value["bytes"]))
+            content["image"] = pixels(io.BytesIO(value["bytes"]) if value.get("bytes") else Path(value["path"]))
         except Exception as error:  # a broken image raises anything, by its format
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
         return []
@@ -62,9 +63,20 @@ class ImageClassification(Supervised):
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """(side of the square, channels) that the model wants."""
-        size = self._settings.image_size
-        return (size if isinstance(size, int) else size[0]), self._settings.num_channels
+        """(side of the square, channels) that the model wants. Raises RequestError where nothing says it."""
+        size = getattr(self._settings, "image_size", None) or self._processor().get("size")
+        if isinstance(size, Mapping):
+            size = size.get("height") or size.get("shortest_edge")
+        if size is None:
+            rule = "neither its configuration (image_size) nor a preprocessor_config.json says how large images are"
+            path = self.cfg.model.path or self.cfg.model.type
+            raise RequestError(Problem("model.path", str(path), rule, "model.config.image_size=224, or another model"))
+        return (size if isinstance(size, int) else size[0]), getattr(self._settings, "num_channels", 3)
+
+    def _processor(self) -> dict[str, Any]:
+        """What a pretrained model says of its images."""
+        file = self._folder / PROCESSOR if self._folder else None
+        return json.loads(file.read_text()) if file is not None and file.is_file() else {}
 
     @property
     def _settings(self) -> Any:
@@ -92,11 +104,18 @@ class ImageClassification(Supervised):
 
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) by channel."""
-        channels = self._shape[1]
-        if self._folder and (self._folder / PROCESSOR).exists():
-            found = json.loads((self._folder / PROCESSOR).read_text())
-            return np.array(found["image_mean"], np.float32), np.array(found["image_std"], np.float32)
-        return np.full(channels, MEAN, np.float32), np.full(channels, STD, np.float32)
+        channels, found = self._shape[1], self._processor()
+        mean, std = np.full(channels, MEAN, np.float32), np.full(channels, STD, np.float32)
+        if found:
+            if found.get("do_flip_channel_order"):
+                rule = "its images have blue first (do_flip_channel_order), which is not done here"
+                raise RequestError(Problem("model.path", str(self.cfg.model.path), rule, "another model"))
+            scaled = found.get("do_normalize", "image_mean" in found)
+            mean = np.broadcast_to(np.array(found["image_mean"] if scaled else 0.0, np.float32), (channels,))
+            std = np.broadcast_to(np.array(found["image_std"] if scaled else 1.0, np.float32), (channels,))
+            factor = 255 * (found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1.0)
+            mean, std = mean / np.float32(factor), std / np.float32(factor)
+        return mean, std
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         side, channels = self._shape
@@ -136,25 +155,17 @@ class ImageClassification(Supervised):
     def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
         found = []
         for number in np.flatnonzero(batch["id"] >= 0):
-            sides = int(outputs["classes"][number]), int(batch["labels"][number])
-            named = [self.labels[one] for one in sides]
-            found.append({"id": int(batch["id"][number]), "prediction": named[0], "label": named[1], "_": sides})
+            named = [self.labels[int(side[number])] for side in (outputs["classes"], batch["labels"])]
+            found.append({"id": int(batch["id"][number]), "prediction": named[0], "label": named[1]})
         return found
 
     def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         from recipes.scores import classification_scores
 
-        predicted, labels = (list(column) for column in zip(*(row["_"] for row in predictions), strict=True))
-        return classification_scores(predicted, labels, len(self.labels))
+        return classification_scores(*self.sides(predictions), len(self.labels))
 
     def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        from recipes.scores import confusion, per_label
-
-        predicted, labels = (list(column) for column in zip(*(row["_"] for row in predictions), strict=True))
-        return {
-            "per_label": per_label(predicted, labels, self.labels),
-            "confusion": confusion(predicted, labels, len(self.labels)),
-        }
+        return self.class_tables(predictions)
 
     def save_processor(self, folder: Path) -> None:
         side, _ = self._shape

@@ -15,6 +15,7 @@ from recipes.base import Prediction, Progress
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.sources import Source
+from recipes.data.squad import misplaced
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -36,6 +37,8 @@ class QuestionAnswering(TextTask):
         **{kind: reader for kind, reader in RECORDS.items() if kind != "csv"},
     }
     KEYS = ("question", "context", "answers", "stride")
+    UNUSED = (*TextTask.UNUSED, "data.overlong")
+    CLASSES = False  # whether a question has an answer is read from the span
     ARRAYS = {  # noqa: RUF012
         **TextTask.ARRAYS, "labels": "int32", "spans": "int32",
         "context": "uint8", "answers": "uint8", "question": "uint8",
@@ -58,17 +61,17 @@ class QuestionAnswering(TextTask):
             return [*problems, Problem(where, repr(answers)[:60], rule)]
         texts, starts = answers["text"], answers["answer_start"]
         for name, values, kind in (("text", texts, str), ("answer_start", starts, int)):
-            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            if not isinstance(values, list) or not all(type(value) is kind for value in values):
                 rule = f"{name} in column '{columns['answers']}' must be a list of {KINDS_OF_VALUE[kind]}"
                 return [*problems, Problem(where, repr(values)[:60], rule)]
         if len(texts) != len(starts):
             return [*problems, Problem(where, "", f"{len(texts)} answers, {len(starts)} values of answer_start")]
         found = []
         for text, start in zip(texts, starts, strict=True):
-            stands = content["context"][start : start + len(text)] if not problems else text
-            if stands != text:
-                rule = f"the answer is not at character {start}, where it says {stands!r}"
-                problems.append(Problem(where, repr(text), rule))
+            if not text.strip():
+                problems.append(Problem(where, repr(text), "an answer is empty", "[] where there is none"))
+            elif not problems and (wrong := misplaced(text, start, content["context"], where)):
+                problems.append(wrong)
             found.append({"text": text, "start": start})
         content["answers"] = found
         return problems
@@ -100,13 +103,18 @@ class QuestionAnswering(TextTask):
                 problems.add(Problem(row.where, "", rule, f"data.seq_length={-(-2 * length // 8) * 8}"))
         if max(asked) > half:
             return [[] for _ in rows]
-        found = self.tokenizer(
-            questions, contexts, truncation="only_second", max_length=limit, return_overflowing_tokens=True,
-            return_offsets_mapping=True, stride=min(self.cfg.data.stride, limit - max(asked) - 8),
-        )  # fmt: skip
+        alike: dict[int, list[int]] = {}  # a long question leaves less room for windows that overlap
+        for number, length in enumerate(asked):
+            alike.setdefault(min(self.cfg.data.stride, limit - length - 8), []).append(number)
         examples: list[list[Example]] = [[] for _ in rows]
-        for window, number in enumerate(found["overflow_to_sample_mapping"]):
-            examples[number].append(self._window(rows[number], found, window))
+        for stride, numbers in alike.items():
+            found = self.tokenizer(
+                [questions[number] for number in numbers], [contexts[number] for number in numbers],
+                truncation="only_second", max_length=limit, return_overflowing_tokens=True,
+                return_offsets_mapping=True, stride=stride,
+            )  # fmt: skip
+            for window, place in enumerate(found["overflow_to_sample_mapping"]):
+                examples[numbers[place]].append(self._window(rows[numbers[place]], found, window))
         return examples
 
     def _window(self, row: Row, found: Any, window: int) -> Example:

@@ -14,7 +14,7 @@ from recipes.base import Prediction
 from recipes.data.examples import Example
 from recipes.data.numbers import read_number
 from recipes.data.rows import Meter, Problems, Row, check_content
-from recipes.supervised import RECORDS, Supervised
+from recipes.supervised import NO_TEXT, RECORDS, Supervised
 from recipes.text import TextTask
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class _Numbers(Supervised):
 class NumberRegression(_Numbers):
     """From columns of numbers; by default with one linear layer."""
 
+    UNUSED = (*Supervised.UNUSED, *NO_TEXT, "data.text")
     ARRAYS = {"features": "float32", "target": "float32"}  # noqa: RUF012 - never changed
 
     def columns(self) -> dict[str, str]:
@@ -141,6 +142,7 @@ class TextRegression(TextTask, _Numbers):
     METRICS = METRICS
     KINDS = RECORDS
     KEYS = KEYS
+    collate_labels = _Numbers.collate_labels
 
     def columns(self) -> dict[str, str]:
         return {"text": self.cfg.data.text, "label": self.cfg.data.label or "label"}

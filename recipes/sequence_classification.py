@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import Problem
+from conf.rules_values import shown
 from recipes.base import Prediction
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content
@@ -43,11 +44,19 @@ class SequenceClassification(TextTask):
                 break
         return problems
 
+    def check_evaluation(self) -> list[Problem]:
+        foreign = ("mcc",) if self.cfg.data.multi_label else ("micro_f1",)
+        if self.cfg.eval.metric in foreign:
+            rule = f"there is none with data.multi_label={shown(self.cfg.data.multi_label)}"
+            return [Problem("eval.metric", foreign[0], rule, "eval.metric=macro_f1")]
+        return super().check_evaluation()
+
     def _many(self, label: Any) -> bool:
         return self.cfg.data.multi_label and isinstance(label, list)
 
     def is_empty(self, content: dict[str, Any]) -> bool:
-        return not content["text"].strip() or content["label"] == ""
+        without = content["label"] == "" and not self.cfg.data.multi_label  # of many classes a row may have none
+        return without or not content["text"].strip()
 
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         label = content["label"]
@@ -111,34 +120,26 @@ class SequenceClassification(TextTask):
         found = []
         for number in np.flatnonzero(batch["id"] >= 0):
             logits, labels = outputs["logits"][number], batch["labels"][number]
-            sides: Any = (int(logits.argmax()), int(labels[0]))
-            named: Any = [self.labels[one] for one in sides] if not self.cfg.data.multi_label else None
-            if named is None:
-                sides = [np.flatnonzero(values > 0).tolist() for values in (logits, labels)]
-                named = [[self.labels[one] for one in side] for side in sides]
-            found.append({"id": int(batch["id"][number]), "prediction": named[0], "label": named[1], "_": sides})
+            if self.cfg.data.multi_label:
+                named: Any = [[self.labels[one] for one in np.flatnonzero(side > 0)] for side in (logits, labels)]
+            else:
+                named = [self.labels[int(logits.argmax())], self.labels[int(labels[0])]]
+            found.append({"id": int(batch["id"][number]), "prediction": named[0], "label": named[1]})
         return found
 
     def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         from recipes.scores import classification_scores, multi_label_scores
 
-        predicted, labels = (list(column) for column in zip(*(row["_"] for row in predictions), strict=True))
         if not self.cfg.data.multi_label:
-            return classification_scores(predicted, labels, len(self.labels))
-        size = len(self.labels)
-        chosen, right = ([[int(n in row) for n in range(size)] for row in side] for side in (predicted, labels))
-        return multi_label_scores(chosen, right, size)
+            return classification_scores(*self.sides(predictions), len(self.labels))
+        chosen, right = (
+            [[int(name in row[side]) for name in self.labels] for row in predictions]
+            for side in ("prediction", "label")
+        )
+        return multi_label_scores(chosen, right, len(self.labels))
 
     def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        from recipes.scores import confusion, per_label
-
-        if self.cfg.data.multi_label:
-            return {}
-        predicted, labels = (list(column) for column in zip(*(row["_"] for row in predictions), strict=True))
-        return {
-            "per_label": per_label(predicted, labels, self.labels),
-            "confusion": confusion(predicted, labels, len(self.labels)),
-        }
+        return {} if self.cfg.data.multi_label else self.class_tables(predictions)
 
 
 recipe = SequenceClassification

@@ -5,7 +5,6 @@ A recipe says which columns and kinds of data it reads, how a row is encoded, wh
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -20,6 +19,7 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
+from recipes.data.classes import class_names, in_order, order_of_classes
 from recipes.data.examples import Example, Examples, Shuffled, encoded
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 1
+FORMAT = 2
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
@@ -40,6 +40,18 @@ OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
 """Keys of a source that only language models read, unless a task names them among its own."""
 
 
+COLUMNS = (
+    "text", "pair", "label", "tokens", "question", "context", "answers", "source", "target", "image",
+    "target_path", "eval_target_path",
+)  # fmt: skip
+"""Keys of `data` that name the columns of records, or say where the other half of the rows is."""
+OTHER_HALF = ("target_path", "eval_target_path")
+READ_BY = {"conll": ("tokens", "label"), "lines": OTHER_HALF, "idx": OTHER_HALF}
+"""Kind of data → those of them that it reads, where it does not read records."""
+NO_TEXT = ("data.seq_length", "data.overlong", "data.bucketing", "data.vocab_size", "model.tokenizer")
+"""Keys that only tasks with texts use."""
+
+
 class Supervised(Recipe):
     """A task whose rows are examples with labels."""
 
@@ -47,6 +59,8 @@ class Supervised(Recipe):
     """Kind of data → `module:class` of its source."""
     KEYS: ClassVar[tuple[str, ...]] = ()
     """Keys of `data` that this task reads besides the general ones."""
+    CLASSES: ClassVar[bool] = True
+    """Whether what `classes_of` gives are the outputs of a model."""
     ARRAYS: ClassVar[Mapping[str, str]] = {}
     """Arrays of an example → their dtype on disk."""
     LENGTHS: ClassVar[tuple[str, ...]] = ()
@@ -97,7 +111,15 @@ class Supervised(Recipe):
             rule = f"{self.cfg.task} reads {', '.join(self.KINDS)}"
             yield Problem("data.kind", data.kind, rule, f"data={near}")
         yield from foreign_keys(self.cfg, self.KEYS)
+        for name in self.KEYS if data.kind in self.KINDS and data.kind not in RECORDS else ():
+            if name in COLUMNS and name not in READ_BY.get(data.kind, ()) and changed(data, name):
+                rule = f"{data.kind} data has no columns with names"
+                default = next(field.default for field in fields(DataConfig) if field.name == name)
+                yield Problem(f"data.{name}", shown(getattr(data, name)), rule, f"data.{name}={shown(default)}")
         if data.kind in RECORDS:
+            for name in OTHER_HALF:
+                if getattr(data, name):
+                    yield Problem(f"data.{name}", getattr(data, name), f"{data.kind} data is in one file", "data=lines")
             for name, column in self.columns().items():
                 if not column:
                     yield Problem(f"data.{name}", "null", f"{data.kind} data needs it", f"data.{name}=COLUMN")
@@ -189,11 +211,17 @@ class Supervised(Recipe):
             return {"counts": counts}
 
         counts = entry(root, f"labels-{fingerprint}", build).facts["counts"]
-        given = self.cfg.data.labels or self._labels_of_model(counts)
+        if not counts or not self.CLASSES:
+            return list(self.cfg.data.labels or []), counts
+        given = self.cfg.data.labels
+        names = class_names(self._folder) if self._folder is not None else None
+        if self.finished:
+            given = order_of_classes(given, names, counts)
+        given = given or (in_order(names, counts) if names else None)
         if given is None:
             return sorted(counts, key=_natural), counts
         without = [name for name in self.cfg.data.labels or () if name not in counts]
-        if counts and without:
+        if without and not self.finished:
             rule = "a class without an example in the training rows"
             near = did_you_mean(without[0], counts)
             raise RequestError(
@@ -202,18 +230,11 @@ class Supervised(Recipe):
             )
         return list(given), counts
 
-    def _labels_of_model(self, counts: Mapping[str, int]) -> list[str] | None:
-        """The classes that a model was trained for, in its order, where they are those of the data."""
-        if self._folder is None or not (self._folder / "config.json").is_file():
-            return None
-        known = json.loads((self._folder / "config.json").read_text()).get("id2label") or {}
-        names = [str(known[number]) for number in sorted(known, key=int)]
-        return names if set(counts) <= set(names) else None
-
     def named(self, label: Any) -> str:
         """The name of a class that a row gives by its name or, where `data.labels` names them, by its number."""
         name, given = str(label), self.cfg.data.labels
-        if given and name not in given and name.isdigit() and int(name) < len(given):
+        numbered = given and not any(one.isdecimal() for one in given)
+        if given and numbered and name not in given and name.isascii() and name.isdecimal() and int(name) < len(given):
             return given[int(name)]
         return name
 
@@ -233,6 +254,21 @@ class Supervised(Recipe):
         if not hasattr(self, "_label_numbers"):
             self._label_numbers = {label: number for number, label in enumerate(self.labels)}
         return self._label_numbers
+
+    def sides(self, predictions: Sequence[Prediction]) -> tuple[list[int], list[int]]:
+        """The numbers of the classes that were predicted, and of those that are right, for rows of one class each."""
+        predicted, right = ([self._numbers[row[side]] for row in predictions] for side in ("prediction", "label"))
+        return predicted, right
+
+    def class_tables(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """What `details` gives where each row has one class."""
+        from recipes.scores import confusion, per_label
+
+        predicted, right = self.sides(predictions)
+        return {
+            "per_label": per_label(predicted, right, self.labels),
+            "confusion": confusion(predicted, right, len(self.labels)),
+        }
 
     def said(self) -> str | None:
         counts = [f"{self.report['train']:,} training examples, {self.report['held_out']:,} held out"]

@@ -31,6 +31,8 @@ class TextTask(Supervised):
     """Arrays of one value per token besides the inputs, and what they are padded with."""
     ARRAYS = {"input_ids": "int32", "token_type_ids": "int8"}  # noqa: RUF012 - never changed
     LENGTHS: ClassVar[tuple[str, ...]] = ("input_ids",)
+    TWO_SIDED: ClassVar[bool] = False
+    """Whether encoder-decoders have this task."""
     tokenizer: PreTrainedTokenizerBase
 
     @abstractmethod
@@ -125,6 +127,12 @@ class TextTask(Supervised):
         from recipes.models.build import check_text
 
         problems = super().check_model()
+        config = self.model_config()
+        if config.is_encoder_decoder and not self.TWO_SIDED:
+            rule = f"{config.model_type} is an encoder-decoder; {self.cfg.task} takes encoders and decoders"
+            where = "model.path" if self.cfg.model.path else "model.type"
+            shown = str(self.cfg.model.path or self.cfg.model.type)
+            return [Problem(where, shown, rule, "model=bert_4m, or task=translation")]
         return problems or check_text(self.model_config(), self.tokenizer, self.row_length())
 
     def width(self, batch: Mapping[str, np.ndarray]) -> int:

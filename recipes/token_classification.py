@@ -10,7 +10,8 @@ import numpy as np
 from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.examples import Example
-from recipes.data.rows import Meter, Problems, Row
+from recipes.data.rows import Meter, Problems, Row, check_content
+from recipes.data.tokenizer import is_byte_level
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -43,6 +44,8 @@ class TokenClassification(TextTask):
             if not isinstance(value, list) or not all(isinstance(one, kinds) for one in value):
                 rule = f"column '{columns[name]}' must be a list of {'texts' if name == 'tokens' else 'tags'}"
                 return [Problem(where, repr(value)[:60], rule)]
+        if problems := check_content({"tokens": " ".join(content["tokens"])}, where, columns):
+            return problems
         if len(content["tokens"]) != len(content["tags"]):
             rule = f"{len(content['tokens'])} tokens and {len(content['tags'])} tags"
             return [Problem(where, "", rule, "one tag for each token")]
@@ -59,7 +62,7 @@ class TokenClassification(TextTask):
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         limit = self.cfg.data.seq_length
-        tokens = [row.content["tokens"] for row in rows]
+        tokens = [self._as_in_a_text(row.content["tokens"]) for row in rows]
         found = self.tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=limit)
         whole = self.tokenizer(tokens, is_split_into_words=True, verbose=False)
         lengths = [len(ids) for ids in whole["input_ids"]]
@@ -86,6 +89,10 @@ class TokenClassification(TextTask):
                 ]
             )  # fmt: skip
         return examples
+
+    def _as_in_a_text(self, tokens: list[str]) -> list[str]:
+        """With the space before a word where the tokenizer makes it a part of the word (byte-level ones)."""
+        return [*tokens[:1], *(f" {token}" for token in tokens[1:])] if is_byte_level(self.tokenizer) else tokens
 
     def hf_class(self) -> Any:
         from transformers import AutoModelForTokenClassification
@@ -129,9 +136,12 @@ class TokenClassification(TextTask):
     def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
         from recipes.scores import per_label
 
-        numbers = {label: number for number, label in enumerate(self.labels)}
-        sides = [[numbers[tag] for row in predictions for tag in row[side]] for side in ("prediction", "label")]
-        return {"per_label": per_label(sides[0], sides[1], self.labels)}
+        tags = [
+            {side: tag for side, tag in zip(("prediction", "label"), both, strict=True)}
+            for row in predictions
+            for both in zip(row["prediction"], row["label"], strict=True)
+        ]
+        return {"per_label": per_label(*self.sides(tags), self.labels)}
 
 
 recipe = TokenClassification

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from conf.batch import Layout, sizes
+from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import Config
 from launch.runtime.bad_steps import Guard
 from launch.runtime.engine import BadStepError, Engine, Evaluation, NonFiniteError, StepResult
@@ -102,8 +103,7 @@ class Judge:
         """Whether these metrics are the best so far; without a metric the latest ones always are."""
         if self._metric is None:
             return True
-        if self._metric not in metrics:
-            raise RuntimeError(f"eval.metric={self._metric}: this data set has {', '.join(metrics)}")
+        self.check(metrics)
         value, best = metrics[self._metric], self._progress.best
         self._progress.value = value
         better = best is None or (value > best if self._largest else value < best)
@@ -111,6 +111,13 @@ class Judge:
         if better:
             self._progress.best = value
         return better
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """Which metrics there are may depend on the rows. Raises RequestError (eval.metric) where it is not there."""
+        if self._metric is not None and self._metric not in metrics:
+            near = did_you_mean(self._metric, metrics) or next(iter(metrics))
+            rule = f"with these data there are {', '.join(metrics)}"
+            raise RequestError(Problem("eval.metric", self._metric, rule, f"eval.metric={near}"))
 
     @property
     def has_enough(self) -> bool:
@@ -152,6 +159,7 @@ def run(
         started = time.perf_counter()
         evaluation = engine.evaluate(checked(held_out_batches(data_rank, recipe, cfg, layout)))
         metrics, step = evaluation.metrics, progress.step
+        judge.check(metrics)
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteError(f"after step {step}: the held-out loss is {metrics['loss']}; no model is exported")
         progress.evaluated_at = step

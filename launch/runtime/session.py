@@ -35,9 +35,13 @@ if TYPE_CHECKING:
 NOT_SHOWN = ("step", "split", "loss", "eval_s", "bits_per_token")
 
 
-def prepare(request: Request, terminal: Terminal) -> Recipe:
-    """Read, tokenise and cache the rows before any process group exists: one rank works, the others wait for it."""
+def prepare(request: Request, terminal: Terminal, finished: bool = False) -> Recipe:
+    """Read, tokenise and cache the rows before any process group exists: one rank works, the others wait for it.
+
+    finished: of the recipe.
+    """
     recipe = recipe_class(request.cfg.task)(request.cfg)
+    recipe.finished = finished
     bars: dict[str, Bar] = {}
 
     def progress(done: int, total: int, what: str) -> None:
@@ -183,8 +187,7 @@ def _train(
             return
         predictions[:] = evaluation.predictions
         if first and predictions:
-            rows = ({key: value for key, value in row.items() if not key.startswith("_")} for row in predictions)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
             run_dir.write_text("predictions.jsonl", "".join(lines))
 
     def run_on() -> loop.Progress:
@@ -217,6 +220,9 @@ def _train(
         bar.close()
         if metrics is not None:
             metrics.close()
+    if first and not predictions and (run_dir.path / "predictions.jsonl").is_file():
+        # Of the model that was kept before this run was resumed.
+        predictions = [json.loads(line) for line in (run_dir.path / "predictions.jsonl").open()]
     summary = {
         "name": cfg.name,
         "steps": outcome.step,

@@ -33,7 +33,19 @@ FORMAT = 1
 SPLITS = ("train", "held_out")
 BATCH_CHARACTERS = 1 << 22
 BATCH_ROWS = 4096
-FORMAT_KEYS = ("kind", "text", "prompt", "completion", "messages", "delimiter", "subset", "split", "eval_split")
+FORMAT_KEYS = (
+    "kind",
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "delimiter",
+    "header",
+    "quoting",
+    "subset",
+    "split",
+    "eval_split",
+)
 """Settings of a source that change its rows; where the rows come from is in its fingerprint."""
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""

@@ -178,6 +178,9 @@ def _wrong_line(where: str, fields: list[str], columns: Columns, shape: _Shape, 
         return Problem(
             where, "", f"{len(fields)} {unit}, {asked}", "a blank line between sentences, TOKEN TAG in others"
         )
+    if len(fields) != shape.width:
+        rule = f"{len(fields)} columns, the first line with a token has {shape.width}"
+        return Problem(where, "", rule, "as many columns in each line, or tabs between them")
     for name, column in (("tokens", columns.tokens), ("label", columns.label)):
         if not fields[column] or (name == "label" and not fields[column].strip()):
             return Problem(where, "", f"column {column} ({name}) is empty")

@@ -118,24 +118,30 @@ class ImageFolderSource(FileSource):
 
     def files(self, held_out: bool) -> list[tuple[str, Path]]:
         """(CLASS/…/NAME, file), sorted. Raises RequestError when there is no image."""
-        value = self.config.eval_path if held_out else self.config.path
-        if held_out and value is None:
-            return []
-        key = f"{self.key}.eval_path" if held_out else f"{self.key}.path"
-        found = [
-            (name, path)
-            for name, path in find_files("images", key, value, None)
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not found:
+        found = [(name, path) for name, path in self._found(held_out) if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not found and not (held_out and self.config.eval_path is None):
+            key, value = self._place(held_out)
             rule = f"there are no images in it ({' '.join(IMAGE_SUFFIXES)})"
             raise RequestError(Problem(key, str(value), rule, f"{key}=FOLDER with a folder per class"))
         return found[: self.max_files]
+
+    def _place(self, held_out: bool) -> tuple[str, str | None]:
+        """(key, value) of where the files of a split are."""
+        value = self.config.eval_path if held_out else self.config.path
+        return f"{self.key}.{'eval_path' if held_out else 'path'}", value
+
+    def _found(self, held_out: bool) -> list[tuple[str, Path]]:
+        """The same with all that is no image."""
+        key, value = self._place(held_out)
+        return [] if held_out and value is None else find_files("images", key, value, None)
 
     def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
         train, evaluation = self.files(False), self.files(True)
         set_aside = set() if evaluation else held_out_of_classes([name for name, _ in train], self.held_out)
         for split, files in ((False, train), (True, evaluation)):
+            others = len(self._found(split)) - len(files) if self.max_files is None else 0
+            for _ in range(others):
+                meter.skip("files that are no images")
             for name, path in files:
                 label, folder, _ = name.partition("/")
                 if not folder:

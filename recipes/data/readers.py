@@ -9,7 +9,7 @@ import tokenize
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from conf.errors import Problem, did_you_mean
 from conf.schema import SourceConfig
@@ -107,7 +107,7 @@ def first_columns(kind: str, path: Path, source: SourceConfig, problems: Problem
     if kind == "csv":
         lines = (text for _, text in _lines(path, problems, Meter()))
         try:
-            header = next(csv.reader(lines, delimiter=delimiter(source), strict=True), None)
+            header = next(csv.reader(lines, delimiter=delimiter(source), quoting=quoting(source), strict=True), None)
         except csv.Error as error:
             problems.add(Problem(f"{path}:1", "", f"not a CSV header ({error})"))
             return None
@@ -175,7 +175,7 @@ def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> 
             fed.append(number)
             yield text
 
-    reader = csv.reader(feed(), delimiter=delimiter(source), strict=True)
+    reader = csv.reader(feed(), delimiter=delimiter(source), quoting=quoting(source), strict=True)
     header = source.header
     while True:
         fed.clear()
@@ -232,6 +232,12 @@ def _open_parquet(path: Path, problems: Problems) -> Any:
 def delimiter(source: SourceConfig) -> str:
     r"""The delimiter, where a tab may be written as `\t`, which is what reaches us from a command line."""
     return "\t" if source.delimiter == "\\t" else source.delimiter
+
+
+def quoting(source: SourceConfig) -> Literal[0, 3]:
+    """csv's constant: between tabs a quotation mark is a character of the text, as of all formats of that kind."""
+    quoted = source.quoting if source.quoting is not None else delimiter(source) != "\t"
+    return csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
 
 
 def _broken_utf8(where: str, error: UnicodeDecodeError, position: str) -> Problem:

@@ -174,14 +174,14 @@ def _answers(
         start = _part(answer, "answer_start", int, inside, problems) if isinstance(answer, dict) else None
         if text is None or start is None:
             continue
-        if wrong := _misplaced(text, start, context, where):
+        if wrong := misplaced(text, start, context, where):
             problems.add(wrong)
         else:
             found.append({"text": text, "start": start})
     return found if len(found) == len(given) else None
 
 
-def _misplaced(text: str, start: int, context: str, where: str) -> Problem | None:
+def misplaced(text: str, start: int, context: str, where: str) -> Problem | None:
     """What is wrong with the offset of an answer."""
     if start >= 0 and context.startswith(text, start):
         return None

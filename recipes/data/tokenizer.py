@@ -76,6 +76,13 @@ def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.to
         raise RequestError(Problem(key, path, f"no tokenizer could be loaded from it ({reason})", nearest)) from error
 
 
+def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it works on bytes, as GPT-2's does: a word in a text begins with the space before it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = json.loads(backend.to_str())["pre_tokenizer"] if backend is not None else None
+    return steps is not None and any(step["type"] == "ByteLevel" for step in (steps, *steps.get("pretokenizers", ())))
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes whenever the tokenizer would give other tokens for some row."""
     template = tokenizer.chat_template

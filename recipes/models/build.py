@@ -287,14 +287,18 @@ def from_pretrained(
     the dropout are the request's. Raises RequestError when other weights are missing.
     """
     if divide is None and place is None and new_head_seed is None:
-        model = hf_class.from_pretrained(
+        model, found = hf_class.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        other = [f"{name} in this shape" for name, *_ in found["mismatched_keys"]]
+        _refuse_lacking(folder, sorted(found["missing_keys"]) + other)
         model.config.use_cache = False
         return model
     config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -309,9 +313,16 @@ def from_pretrained(
     if new_head_seed is not None:
         _initialise_head(model, new_head_seed, device, place)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left:
-        raise RequestError(Problem("model.path", str(folder), f"its weights lack {', '.join(left[:3])}"))
+    _refuse_lacking(folder, left)
     return model
+
+
+def _refuse_lacking(folder: Path, names: list[str]) -> None:
+    """Nothing that the weights lack is made up. Raises RequestError."""
+    if names:
+        rule = f"its weights lack {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        nearest = "a model that was trained for this task, and for these classes"
+        raise RequestError(Problem("model.path", str(folder), rule, nearest))
 
 
 def _initialise_head(model: PreTrainedModel, seed: int, device: torch.device, place: Place | None) -> None:

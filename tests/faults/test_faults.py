@@ -51,6 +51,15 @@ def test_sigterm_in_a_phase(phase: str, trials: Trials) -> None:
     check_through(folder, trials.unbroken)
 
 
+def test_a_checkpoint_on_request(trials: Trials) -> None:
+    """SIGUSR1 to one rank: all save behind the step at hand, and the run goes on."""
+    folder = trials.unbroken.parent / "asked"
+    assert run_job(folder, Fault(1, signal.SIGUSR1, "step", 4), more=("checkpoint.every=100",)).code == 0, said(folder)
+    steps = [int(entry.name[5:]) for entry in sorted((folder / "run/checkpoints").glob("step_*"))]
+    assert steps in ([4, 12], [5, 12]), said(folder)
+    check_through(folder, trials.unbroken)
+
+
 def test_too_late_for_a_checkpoint(trials: Trials) -> None:
     """A step that does not end within checkpoint.grace_s: the last whole checkpoint stands."""
     folder = trials.unbroken.parent / "late"
