@@ -250,3 +250,16 @@ def test_shell_completion(tmp_path):
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == ["zero=stage2", "zero=stage2_offload"], done.stderr
+
+
+def test_another_source_or_model_brings_its_own_settings(tmp_path):
+    (tmp_path / "rows.csv").write_text("review,stars\ngood,5\n")
+    path = f"data.path={tmp_path / 'rows.csv'}"
+    cfg = compose(["+recipe=sst2", "data=csv", path, "data.text=review", "data.label=stars", "model.path=x/y"], 1)
+    assert (cfg.data.delimiter, cfg.data.header, cfg.data.labels, cfg.data.text) == (",", None, None, "review")
+    assert cfg.data.seq_length == 64, "what is done with rows stays"
+    assert compose(["+recipe=sst2", path, "model.path=x/y"], 1).data.labels == ["0", "1"]
+    assert compose(["+recipe=tag_python", "data=conll", path], 1).data.max_files is None
+    cfg = compose(["+recipe=mnist", "model=pretrained", "model.path=x/y", path, f"data.target_path={tmp_path}"], 1)
+    assert cfg.model.config == {}
+    assert compose(["+recipe=classify_packages", "model=pretrained", "model.path=x/y"], 1).data.vocab_size is None

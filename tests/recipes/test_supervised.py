@@ -11,7 +11,9 @@ import pytest
 
 from conf.errors import RequestError
 from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
+from launch.runtime.loop import Judge, Progress
 from recipes import recipe_class
+from recipes.data.classes import order_of_classes
 from recipes.data.examples import Shuffled
 
 
@@ -86,6 +88,71 @@ def test_several_classes_of_a_row(tmp_path: Path) -> None:
     logits = np.where(batch["labels"] > 0, 1.0, -1.0)
     found = recipe.predictions(batch, {"logits": logits})
     assert len(found) == 3 and recipe.scores(found)["accuracy"] == 1.0
+
+
+def test_rows_without_any_of_many_classes_stay(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": ["", "a", "a|b", "b"][n % 4]} for n in range(16)]
+    recipe = prepared(config(tmp_path, "sequence_classification", rows, multi_label=True))
+    assert len(recipe.train) + len(recipe.held_out) == 16 and recipe.labels == ["a", "b"]
+
+
+def test_a_label_is_a_number_of_a_class_only_where_classes_are_no_numbers(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 5} for n in range(40)]
+    stars = config(tmp_path, "sequence_classification", rows, labels=["1", "2", "3", "4", "5"])
+    with pytest.raises(RequestError, match=r"not in the label set|without an example"):
+        prepared(stars)
+    rows = [{"text": f"text {n}", "label": "²" if n == 20 else n % 2} for n in range(40)]
+    with pytest.raises(RequestError, match="not in the label set"):
+        prepared(config(tmp_path, "sequence_classification", rows, labels=["low", "high"]))
+
+
+def test_a_metric_that_the_rows_do_not_have(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": ["a"]} for n in range(16)]
+    many = config(tmp_path, "sequence_classification", rows, multi_label=True)
+    many.eval.metric = "mcc"
+    assert "eval.metric" in str(recipe_class(many.task)(many).check_evaluation())
+    judge = Judge(many, recipe_class(many.task)(many), Progress())
+    with pytest.raises(RequestError, match="with these data there are loss, accuracy"):
+        judge.check({"loss": 1.0, "accuracy": 0.5})
+
+
+def test_the_order_of_a_models_classes() -> None:
+    mnli = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
+    assert order_of_classes(None, mnli, ["entailment", "neutral"]) == ["CONTRADICTION", "neutral", "entailment"]
+    assert order_of_classes(None, mnli, ["0", "2"]) == ["0", "1", "2"]
+    assert order_of_classes(["neg", "pos"], ["LABEL_0", "LABEL_1"], ["pos"]) == ["neg", "pos"]
+    assert order_of_classes(["neg", "pos"], ["NEGATIVE", "POSITIVE"], ["pos"]) == ["neg", "pos"]
+    for given, names, classes in (
+        (None, ["LABEL_0", "LABEL_1"], ["neg", "pos"]), (None, ["a", "b", "c"], ["a", "b", "d"]), (None, None, ["a"]),
+        (["neutral", "contradiction", "entailment"], mnli, ["neutral"]), (None, mnli, ["3"]),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=r"data\.labels"):
+            order_of_classes(given, names, classes)
+
+
+def test_words_of_a_byte_level_tokenizer_are_those_of_a_text(tmp_path: Path) -> None:
+    words = ["we", "saw", "Washington", "twice"]
+    rows = [{"tokens": words, "tags": ["O", "O", "B-LOC", "O"]} for _ in range(16)]
+    recipe = prepared(config(tmp_path, "token_classification", rows))
+    ids = recipe.train.row(0)["input_ids"].tolist()
+    assert ids == recipe.tokenizer(" ".join(words))["input_ids"]
+
+
+def test_answers_that_are_none_or_not_where_they_are_said_to_be(tmp_path: Path) -> None:
+    for text, start in (("cat", -7), ("", 0), ("cat", 1), ("cat", True)):
+        rows = [{"question": "q", "context": "the cat sat", "answers": {"text": [text], "answer_start": [start]}}] * 8
+        with pytest.raises(RequestError):
+            prepared(config(tmp_path, "question_answering", rows))
+
+
+def test_an_encoder_decoder_is_for_translation(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(24)]
+    cfg = config(tmp_path, "sequence_classification", rows)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+    cfg.model = ModelConfig(type="bart", config={**size, "max_position_embeddings": 64})
+    with pytest.raises(RequestError, match="encoder-decoder"):
+        prepared(cfg)
 
 
 def test_pairs_have_an_end_between_them(tmp_path: Path) -> None:

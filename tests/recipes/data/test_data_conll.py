@@ -145,11 +145,19 @@ def test_too_few_columns(write, conll):
     assert f"{path}:2: 1 tab-separated column, tokens=0 and label=-1 need 2" in message
     assert f"{path}:4: 1 tab-separated column" in message and f"{path}:8: 1 tab-separated column" in message
     assert f"{path}:7: column 0 (tokens) is empty" in message
-    assert message.startswith("error: 4 problems")
+    assert f"{path}:9: 3 columns, the first line with a token has 2" in message
+    assert message.startswith("error: 5 problems")
     assert f"{path}:2: 1 tab-separated column" in checked(conll(write("rows.conll", "a\tO\nb\n")))
     assert f"{path}:1: 2 tab-separated columns, tokens=0 and label=3 need 4" in checked(conll(path, label="3"))
     path = write("spaces.conll", "a O\nb\n")
     assert f"{path}:2: 1 space-separated column," in refused(conll(path))
+
+
+def test_another_number_of_columns_than_the_first_line(write, conll):
+    """A missing last column would make another one the tag, a token with a space in it two tokens."""
+    path = write("rows.conll", "EU NNP B-NP B-ORG\nGerman JJ B-NP\nNew York NNP B-NP B-LOC\n")
+    message = refused(conll(path))
+    assert f"{path}:2: 3 columns, the first line with a token has 4" in message and f"{path}:3: 5 columns" in message
 
 
 def test_empty_tag(write, conll):

@@ -344,3 +344,16 @@ def test_broken_chats(write, config):
 
 def test_a_single_line_cannot_be_split(write, config):
     assert "at least two lines" in refused(config(kind="text", path=str(write("one.txt", "one line"))))
+
+
+def test_quotation_marks_between_tabs_are_text(tmp_path, config):
+    path = tmp_path / "rows.tsv"
+
+    def every(**keys):
+        return sorted(text for split in read(config(kind="csv", path=str(path), **keys)) for text in texts(split))
+
+    path.write_text('text\tlabel\n"great movie\t1\nfine one\t1\nawful"\t0\n"nice"\t1\n')
+    assert every(delimiter="\t") == ['"great movie', '"nice"', 'awful"', "fine one"]
+    assert every(delimiter="\t", quoting=True)[-1] == "nice"
+    path.write_text('text\n"one, two"\n')
+    assert every() == ["one, two"]
