@@ -60,7 +60,7 @@ class SourceConfig:
     """stdlib | text | jsonl | csv | parquet | hub (mixture: the sources of `data.mixture`); other tasks also conll |
     squad | lines | idx | images | digits | line (a straight line)."""
     path: str | None = None
-    """File, folder or glob (text, jsonl, csv, parquet). Relative paths are relative to the working directory."""
+    """File, folder or glob, for every kind that reads files. Relative paths are relative to the working directory."""
     eval_path: str | None = None
     """Files of the held-out split; null: `held_out` of the rows of `path` are set aside."""
     name: str | None = None
@@ -97,31 +97,32 @@ class DataConfig(SourceConfig):
     """Several weighted sources; when not empty, the single-source keys above must keep their defaults."""
     label: str | None = None
     """Column with the class, the list of classes, the tags of the tokens (conll: its number), or the number to
-    predict."""
+    predict; null: `label`, of tokens `tags`, of conll the last one."""
     pair: str | None = None
     """Column with a second text (sequence_classification)."""
     tokens: str | None = None
-    """Column with the list of tokens (token_classification; conll: its number)."""
+    """Column with the list of tokens (token_classification; conll: its number); null: `tokens`, of conll the first."""
     question: str | None = None
-    """Column with the question (question_answering)."""
+    """Column with the question (question_answering); null: `question`."""
     context: str | None = None
-    """Column with the text that holds the answer."""
+    """Column with the text that holds the answer; null: `context`."""
     answers: str | None = None
-    """Column with `{text: […], answer_start: […]}`, as SQuAD has it."""
+    """Column with `{text: […], answer_start: […]}`, as SQuAD has it; null: `answers`."""
     source: str | None = None
-    """Column with the text to translate, or of an object of languages (`translation.en`)."""
+    """Column with the text to translate, or of an object of languages (`translation.en`); null: `source`."""
     target: str | None = None
-    """Column with its translation."""
+    """Column with its translation; null: `target`."""
     target_path: str | None = None
     """File aligned with `path`, line by line (lines), or the labels of its images (idx)."""
     eval_target_path: str | None = None
     """The same for `eval_path`."""
     image: str | None = None
-    """Column with the image (hub)."""
+    """Column with the image (hub); null: `image`."""
     features: list[str] = field(default_factory=list)
     """Columns with numbers (regression); empty: a text."""
     labels: list[str] | None = None
-    """Names of the classes in the order of their numbers; null: those of the training rows, sorted."""
+    """Names of the classes in the order of their numbers; null: those of a pretrained model that knows them all, else of
+    the training rows, sorted."""
     multi_label: bool = False
     """A row has any number of classes."""
     overlong: str = "truncate"

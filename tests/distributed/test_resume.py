@@ -337,7 +337,7 @@ def test_a_slow_disk(tmp_path: Path) -> None:
     """Training goes on beside a save that takes longer than its steps, and what is written is the state of its step."""
     cases = [Case("llama", stage, data=2) for stage in (0, 1, 3)]
     quick = [Job(case, tmp_path / f"quick_{case.stage}") for case in cases]
-    slow = [dataclasses.replace(job, folder=tmp_path / f"slow_{job.case.stage}", slow_s=0.05) for job in quick]
+    slow = [dataclasses.replace(job, folder=tmp_path / f"slow_{job.case.stage}", slow_s=0.02) for job in quick]
     again = [dataclasses.replace(job, first=BEFORE) for job in slow]
     befores, slows, afters = by_rank(2, quick), by_rank(2, slow), by_rank(2, again)
     for before, beside, after in zip(befores, slows, afters, strict=True):
