@@ -121,8 +121,8 @@ class DataConfig(SourceConfig):
     features: list[str] = field(default_factory=list)
     """Columns with numbers (regression); empty: a text."""
     labels: list[str] | None = None
-    """Names of the classes in the order of their numbers; null: those of a pretrained model that knows them all, else of
-    the training rows, sorted."""
+    """Names of the classes in the order of their numbers; null: those of a pretrained model that knows them all, else
+    those of the training rows, sorted."""
     multi_label: bool = False
     """A row has any number of classes."""
     overlong: str = "truncate"
