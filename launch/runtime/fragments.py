@@ -144,6 +144,23 @@ def prepare_state(optimizer: Any, step: float) -> None:
             state[STEP] = type(state[STEP])(step)
 
 
+def replay_powers(optimizer: Any, step: float) -> None:
+    """Bring what the offloaded Adam knows beside its state to a step; the other optimizers know nothing.
+
+    deepspeed 0.19.8: its kernel multiplies the powers of beta up, step by step, and begins with `pow` where a step does
+    not follow the last one. That is another rounding: a resumed run would go on almost as the unbroken one.
+    """
+    inner: Any = optimizer_of(optimizer)
+    if not hasattr(inner, "ds_opt_adam"):
+        return
+    group, nothing = inner.param_groups[0], torch.empty(0)
+    for number in range(1, int(step) + 1):
+        inner.ds_opt_adam.adam_update(
+            inner.opt_id, number, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+            group["bias_correction"], nothing, nothing, nothing, nothing,
+        )  # fmt: skip
+
+
 def _first_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: torch.Tensor) -> dict[str, Any]:
     single = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
     single.grad = torch.zeros_like(single)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from conf.errors import Problem, RequestError
 from launch.runtime.engine import persistent_buffers
-from launch.runtime.fragments import MASTER, STEP, fragments, prepare_state, states
+from launch.runtime.fragments import MASTER, STEP, fragments, prepare_state, replay_powers, states
 from recipes.models.tensor_parallel import Cut
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def restore(engine: Engine, saved: SavedState, facts: dict[str, Any], same_layou
     """Bring an engine that has not taken a step to a saved state. Learning rates stay those of its configuration."""
     optimizer, place = engine.ds.optimizer, engine.topology.place
     prepare_state(optimizer, facts["step"])
+    replay_powers(optimizer, facts["step"])
     size = engine.layout.tensor
     for name, parameter in engine.module.named_parameters():
         cut: Cut | None = getattr(parameter, "tensor_cut", None)
