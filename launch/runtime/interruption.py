@@ -17,6 +17,9 @@ TOGETHER_S = 2.0
 """A terminal's Ctrl-C reaches the ranks once by itself and once through the launcher, as a SIGTERM."""
 
 
+BEFORE_THE_FIRST_STEP = "stopped before the first step of this start"
+
+
 class InterruptedRunError(RuntimeError):
     """The run stopped at a signal. resumable: nothing is lost, or nothing behind the last whole checkpoint."""
 
@@ -44,7 +47,7 @@ class Wishes:
         elif not self.stop:
             self.stop, self._asked = True, time.monotonic()
             if not self._looked_at:
-                raise InterruptedRunError("stopped before the first step of this start")
+                raise InterruptedRunError(BEFORE_THE_FIRST_STEP)
         elif number == signal.SIGINT and time.monotonic() - self._asked > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -69,6 +72,11 @@ class Wishes:
         before = {number: signal.signal(number, self) for number in SIGNALS}
         try:
             yield
+        except Exception as error:
+            # Torch turns what a handler raises inside a rendezvous into an error of its own.
+            if self.stop and not self._looked_at and not isinstance(error, InterruptedRunError):
+                raise InterruptedRunError(BEFORE_THE_FIRST_STEP) from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
