@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny import TinyCausalLM, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+from conf.errors import RequestError
 from recipes.models.attention import keeps_documents_apart
-from recipes.models.build import blocks, checkpoint_layers, from_scratch
+from recipes.models.build import blocks, checkpoint_layers, from_pretrained, from_scratch
 
 SHAPE = {
     "hidden_size": 64,
@@ -120,3 +123,21 @@ def test_packed_documents_get_the_logits_they_have_alone() -> None:
         for part in (slice(0, cut), slice(cut, None)):
             alone = model(input_ids=ids[:, part], use_cache=False).logits[0]
             torch.testing.assert_close(packed[part], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_the_weights_lack_is_never_made_up(tmp_path: Path) -> None:
+    """Neither a missing one nor one for another number of classes: its scores would be those of chance."""
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=32, num_labels=3, **size)
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": None}
+    BertModel(config).save_pretrained(tmp_path / "headless")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(RequestError, match="its weights lack classifier"):
+        from_pretrained(AutoModelForSequenceClassification, tmp_path / "headless", config=config, **settings)
+    config.num_labels = 5
+    with pytest.raises(RequestError, match=r"its weights lack classifier.* in this shape"):
+        from_pretrained(AutoModelForSequenceClassification, tmp_path / "whole", config=config, **settings)
+    config.num_labels = 3
+    from_pretrained(AutoModelForSequenceClassification, tmp_path / "whole", config=config, **settings)
