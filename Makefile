@@ -42,7 +42,7 @@ test-matrix: $(VENV)/.installed  ## every legal layout against one process, abou
 test-long: $(VENV)/.weights  ## every task on real data, half an hour (DATA=FOLDER, see benchmarks/tasks.py)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/tasks.py $(or $(DATA),../shared/data) $(ARGS)
 
-test-faults: $(VENV)/.installed  ## two hundred runs killed at random, half an hour (ARGS="trials=200 seed=0")
+test-faults: $(VENV)/.installed  ## two hundred deaths at random, a quarter of an hour (ARGS="trials=200 seed=0")
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/faults/trials.py $(ARGS)
 
 families: $(VENV)/.installed  ## every causal-LM family in four layouts, 20 minutes; writes docs/models.md
