@@ -1,10 +1,10 @@
 """What checkpoints cost: of a model of 135 M parameters, and of the quickstart's throughput.
 
-python benchmarks/checkpoints.py [rounds=2] [steps=100] [out=FILE]
+python benchmarks/checkpoints.py [parts=big,quickstart] [saves=10] [out=FILE]
 
 The model has the shape of SmolLM2-135M, fp32 with Adam, in one process. Memory is the resident set: its peak while a
 checkpoint is written beside two steps, and while one is read, above the peak of two steps alone. Throughput: the
-quickstart on two ranks with a checkpoint each 50 steps and without, in turns.
+quickstart on two ranks with a checkpoint each ten steps, the steps beside a save against those around them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.report import publish, run, setting, table, trained
+from conf.errors import Problem, RequestError
 from launch.runtime.request import split_arguments
 
-OWN = {"rounds": "2", "steps": "100", "out": ""}
+OWN = {"parts": "big,quickstart", "saves": "10", "out": ""}
+BETWEEN = 10
+"""Steps from one save to the next."""
 SHAPE = {
     "model.type": "llama", "model.config.hidden_size": 576, "model.config.intermediate_size": 1536,
     "model.config.num_hidden_layers": 30, "model.config.num_attention_heads": 9, "model.config.num_key_value_heads": 3,
@@ -47,7 +50,6 @@ def of_135_million(folder: Path) -> list[list[str]]:
     """Rows of the table: time and memory of steps, of a save beside them, of a load."""
     import torch
 
-    from conf.compose import compose
     from launch.runtime import processes
     from launch.runtime.checkpoint import newest
     from launch.runtime.ds_config import ds_config
@@ -59,10 +61,9 @@ def of_135_million(folder: Path) -> list[list[str]]:
     from recipes import recipe_class
 
     overrides = [
-        "+recipe=quickstart", "data.seq_length=64", "batch.global_size=1", "data.max_files=60",
+        "+recipe=quickstart", "data.seq_length=64", "batch.global_size=1", "batch.micro_size=1", "data.max_files=60",
         f"run_dir={folder / 'big'}", *(f"{key}={value}" for key, value in SHAPE.items()),
     ]  # fmt: skip
-    assert compose(overrides, 1) is not None
     request = read_request(overrides, "benchmarks/checkpoints.py")
     cfg, layout = request.cfg, request.layout
     processes.set_environment(request.ranks, "cpu")
@@ -117,40 +118,58 @@ def of_135_million(folder: Path) -> list[list[str]]:
     ]
 
 
-def of_the_quickstart(folder: Path, rounds: int, steps: int) -> list[list[str]]:
-    """Rows of the table: seconds of all steps without checkpoints and with one each 50."""
-    seconds: dict[int, list[float]] = {0: [], 50: []}
-    for number in range(rounds):
-        for every, found in seconds.items():
-            run_dir = folder / f"quickstart-{every}-{number}"
-            trained(2, run_dir, "+recipe=quickstart", f"train.steps={steps}", "eval.every=0", "eval.prompt=null",
-                    f"checkpoint.every={every}")  # fmt: skip
-            rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-            evaluations = sum(row.get("eval_s", 0.0) for row in rows)
-            found.append(json.loads((run_dir / "summary.json").read_text())["train_s"] - evaluations)
-    ratios = [with_ / without for without, with_ in zip(seconds[0], seconds[50], strict=True)]
-    shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+def of_the_quickstart(folder: Path, saves: int) -> list[list[str]]:
+    """Rows of the table: what a save costs the quickstart's steps, and what that is at one save each 50 steps.
+
+    Within one run, each save against the steps around it: on a machine whose speed drifts two runs cannot be compared.
+    """
+    outside = []
+    for every, steps in ((0, BETWEEN), (BETWEEN, saves * BETWEEN)):
+        run_dir = folder / f"quickstart-{every}"
+        trained(2, run_dir, "+recipe=quickstart", f"train.steps={steps}", "scheduler.warmup_steps=1", "eval.every=0",
+                "eval.prompt=null", f"checkpoint.every={every}")  # fmt: skip
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        seconds = [row["step_s"] for row in rows if "step_s" in row]
+        evaluations = sum(row.get("eval_s", 0.0) for row in rows)
+        whole = json.loads((run_dir / "summary.json").read_text())["train_s"]
+        outside.append(whole - sum(seconds) - evaluations)
+    beside = []
+    for step in range(BETWEEN, len(seconds) - BETWEEN + 1, BETWEEN):  # `step` steps are done, and a save begins
+        usual = median([*seconds[step - 4 : step], *seconds[step + 3 : step + 7]])
+        beside.append(sum(seconds[step : step + 3]) - 3 * usual)
+    usual = median(seconds)
+    held = max(0.0, outside[1] - outside[0]) / saves
+    share = (median(beside) + held) / (50 * usual)
+    low, _, high = quantiles(beside, n=4)
     return [
-        ["no checkpoint", f"{median(seconds[0]):.1f} s", ""],
-        ["one each 50 steps", f"{median(seconds[50]):.1f} s", f"{median(ratios):.3f} ({shown})"],
+        ["a step", f"{usual:.2f} s"],
+        [
+            f"{len(beside)} saves: the three steps beside one, longer by",
+            f"{median(beside):+.2f} s ({low:+.2f} – {high:+.2f})",
+        ],
+        ["between steps, for each save", f"{held:.2f} s"],
+        ["of the throughput, at a save each 50 steps", f"{share:.2%}"],
     ]
 
 
 def main(argv: list[str]) -> int:
     _, own = split_arguments(argv, OWN)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        quick = of_the_quickstart(folder, int(own["rounds"]), int(own["steps"]))
-        big = of_135_million(folder)
+    parts: dict[str, tuple[list[str], Callable[[Path], list[list[str]]]]] = {
+        "big": (
+            ["135 M parameters, one process", "time", "peak", "above steps, in sizes of the weights"],
+            of_135_million,
+        ),
+        "quickstart": (["quickstart, 2 ranks", ""], lambda folder: of_the_quickstart(folder, int(own["saves"]))),
+    }
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in own["parts"].split(","):
+            if part not in parts:
+                raise RequestError(Problem("parts", part, f"some of {', '.join(parts)}", "parts=big,quickstart"))
+            head, rows = parts[part]
+            lines += [*table(head, rows(Path(folder))), ""]
     command = " ".join(["python benchmarks/checkpoints.py", *(word for word in argv if not word.startswith("out="))])
-    publish(
-        [
-            f"`{command}`", "", f"({setting()})", "",
-            *table(["135 M parameters, one process", "time", "peak", "above steps, in sizes of the weights"], big), "",
-            *table([f"quickstart, 2 ranks, {own['steps']} steps", "time of the steps", "ratio in turns"], quick),
-        ],
-        own["out"],
-    )  # fmt: skip
+    publish([f"`{command}`", "", f"({setting()})", "", *lines[:-1]], own["out"])
     return 0
 
 
