@@ -28,6 +28,9 @@ __all__ = ["compose", "hydra_passthrough", "list_recipes", "recipe_listing", "to
 
 ConfigStore.instance().store(name="config_schema", node=Config)
 
+OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "stride", "cache_dir")
+"""Keys of `data` that say what is done with rows, whatever source they come from."""
+
 
 def compose(overrides: Iterable[str], world_size: int, environment: Environment | None = None) -> Config:
     """The configuration of a run over `world_size` ranks: composed, resolved, checked.
@@ -89,10 +92,6 @@ def _description(text: str) -> str:
     return found.group(1) if found else ""
 
 
-OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "stride", "cache_dir")
-"""Keys of `data` that say what is done with rows, whatever source they come from."""
-
-
 def _give_way(read: Overrides) -> None:
     """Take back what the recipe set for its own choice, where the user chose another one.
 
@@ -101,9 +100,10 @@ def _give_way(read: Overrides) -> None:
     labels of its own; a pretrained model brings its configuration and vocabulary.
     """
     brought: dict[str, str] = {}
-    recipe = _choice("recipe", read.choices["recipe"])
+    chosen = {group: _choice(group, name) for group, name in read.choices.items()}
+    recipe = chosen["recipe"]
+    data = recipe.get("data", {})
     defaults = {k: v for entry in recipe.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
-    data, chosen = recipe.get("data", {}), {group: _choice(group, name) for group, name in read.choices.items()}
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
         if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
             brought[f"train.{theirs}"] = "null"

@@ -142,7 +142,7 @@ class TextRegression(TextTask, _Numbers):
     METRICS = METRICS
     KINDS = RECORDS
     KEYS = KEYS
-    collate_labels = _Numbers.collate_labels
+    collate_labels = _Numbers.collate_labels  # TextTask, which comes first, has one for tasks without labels
 
     def columns(self) -> dict[str, str]:
         return {"text": self.cfg.data.text, "label": self.cfg.data.label or "label"}

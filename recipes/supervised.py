@@ -114,8 +114,7 @@ class Supervised(Recipe):
         for name in self.KEYS if data.kind in self.KINDS and data.kind not in RECORDS else ():
             if name in COLUMNS and name not in READ_BY.get(data.kind, ()) and changed(data, name):
                 rule = f"{data.kind} data has no columns with names"
-                default = next(field.default for field in fields(DataConfig) if field.name == name)
-                yield Problem(f"data.{name}", shown(getattr(data, name)), rule, f"data.{name}={shown(default)}")
+                yield Problem(f"data.{name}", shown(getattr(data, name)), rule, f"data.{name}={_default(data, name)}")
         if data.kind in RECORDS:
             for name in OTHER_HALF:
                 if getattr(data, name):
@@ -133,9 +132,8 @@ class Supervised(Recipe):
             group, _, name = key.partition(".")
             section = getattr(cfg, group)
             if changed(section, name):
-                default = next(field.default for field in fields(section) if field.name == name)
                 rule = f"{cfg.task} does not use it"
-                yield Problem(key, shown(getattr(section, name)), rule, f"{key}={shown(default)}")
+                yield Problem(key, shown(getattr(section, name)), rule, f"{key}={_default(section, name)}")
 
     def source(self) -> Source:
         """Where the rows come from."""
@@ -361,6 +359,11 @@ def foreign_keys(cfg: Config, own: Sequence[str], general: Sequence[str] = GENER
             continue
         rule = f"{cfg.task} does not read it; it reads {', '.join(own) or 'no columns'}"
         yield Problem(f"data.{field.name}", shown(value), rule, f"data.{field.name}={shown(default)}")
+
+
+def _default(section: Any, name: str) -> str:
+    """The default of a key, as it is written on the command line."""
+    return shown(next(field.default for field in fields(section) if field.name == name))
 
 
 def _natural(label: str) -> tuple[int, float, str]:
