@@ -26,20 +26,19 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test",
 DIGITS = 1797
 
 
-def resize(image: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """(H, W, 1 or 3) uint8 → (size, size, channels) uint8: bilinear (averaging where it shrinks), not cropped.
+def coloured(image: np.ndarray, channels: int) -> np.ndarray:
+    """(H, W, 1 or 3) uint8 → (H, W, channels) uint8. Grey from RGB is ITU-R 601 luma.
 
-    Grey from RGB is ITU-R 601 luma. Raises ValueError for any other number of channels.
+    Raises ValueError for any other number of channels.
     """
     from PIL import Image
 
     if channels not in (1, 3) or image.shape[2] not in (1, 3):
         raise ValueError(f"images have 1 or 3 channels, not {image.shape[2]} → {channels}")
-    if image.shape == (size, size, channels):
+    if image.shape[2] == channels:
         return image
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    picture = picture.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.array(picture).reshape(size, size, channels)
+    picture = Image.fromarray(image[:, :, 0] if channels == 3 else image).convert("RGB" if channels == 3 else "L")
+    return np.array(picture).reshape(*image.shape[:2], channels)
 
 
 class IdxSource(FileSource):

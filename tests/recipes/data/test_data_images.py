@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conf.errors import RequestError
-from recipes.data.images import DIGITS, DigitsSource, IdxSource, ImageFolderSource, held_out_of_classes, resize
+from recipes.data.images import DIGITS, DigitsSource, IdxSource, ImageFolderSource, coloured, held_out_of_classes
 from recipes.data.rows import Meter, Problems
 from recipes.data.sources import held_out_row
 
@@ -295,22 +295,18 @@ def test_digits_are_those_of_scikit_learn(config):
     assert open_source(DigitsSource, data).fingerprint() == open_source(DigitsSource, data).fingerprint()
 
 
-# Sizes
+# Colours
 
 
-def test_resize(config):
+def test_coloured():
     grey, flat = PIXELS[0][..., None], np.full((6, 3, 3), (10, 200, 30), np.uint8)
-    assert resize(grey, 7, 1).shape == (7, 7, 1) and resize(grey, 7, 3).shape == (7, 7, 3)
-    np.testing.assert_array_equal(resize(flat, 4, 3), np.full((4, 4, 3), (10, 200, 30)))
+    assert coloured(grey, 1) is grey and coloured(flat, 3) is flat
+    np.testing.assert_array_equal(coloured(grey, 3), grey.repeat(3, axis=2))
     luma = round(0.299 * 10 + 0.587 * 200 + 0.114 * 30)
-    assert resize(flat, 4, 1).shape == (4, 4, 1) and np.abs(resize(flat, 4, 1).astype(int) - luma).max() <= 1
-    square = PIXELS[0, :4, :4, None]
-    np.testing.assert_array_equal(resize(square, 4, 1), square)
-    np.testing.assert_array_equal(resize(square, 4, 3), square.repeat(3, axis=2))
-    assert resize(np.array([[[0], [100]], [[100], [200]]], np.uint8), 1, 1).item() == 100
+    assert coloured(flat, 1).shape == (6, 3, 1) and np.abs(coloured(flat, 1).astype(int) - luma).max() <= 1
     for image, channels in ((grey, 2), (np.zeros((2, 2, 4), np.uint8), 3)):
         with pytest.raises(ValueError, match="1 or 3 channels"):
-            resize(image, 4, channels)
+            coloured(image, channels)
 
 
 def test_reading_imports_no_torch():
