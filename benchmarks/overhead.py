@@ -248,7 +248,7 @@ def utilisation(device: str | None, cfg: Config, world: int) -> float | None:
         return None
     from recipes.models.shape import model_shape
 
-    return flops_per_token(model_shape(cfg.model, cfg.data, cfg.precision.name), cfg.data.seq_length) / (peak * world)
+    return flops_per_token(model_shape(cfg.model, cfg.data, cfg.precision.name)) / (peak * world)
 
 
 def check_same_work(part: str, results: dict[str, Result], precision: str) -> None:

@@ -10,10 +10,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -21,6 +20,8 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from conf.batch import Layout
 from conf.errors import Problem, RequestError, did_you_mean
+from conf.schema import ParallelConfig
+from launch.planner.model_shape import ModelShape
 from launch.planner.schedule import Instruction
 from launch.runtime.ds_config import ds_config
 from launch.runtime.request import Request, read_request, run_command
@@ -51,11 +52,13 @@ def main(argv: list[str]) -> int:
 
     cfg, layout, device = request.cfg, request.layout, request.device
     recipe = recipe_class(cfg.task)(cfg)
-    hf_class = recipe.hf_class()
-    cfg.data.seq_length = recipe.row_length()
+
+    def shape_in(parallel: ParallelConfig) -> ModelShape:
+        return model_shape(cfg.model, cfg.data, cfg.precision.name, parallel, recipe.hf_class(), recipe.row_length())
+
     if request.own["search"] == "true":
-        return show_layouts(request, wanted, hf_class)
-    shape = model_shape(cfg.model, cfg.data, cfg.precision.name, cfg.parallel, hf_class)
+        return show_layouts(request, wanted, shape_in)
+    shape = shape_in(cfg.parallel)
     plan = make_plan(cfg, layout, shape, ds_config(cfg, layout, device), device, programs)
     if wanted == "json":
         print(json.dumps(plan, indent=2, ensure_ascii=False))
@@ -76,13 +79,12 @@ def programs(layout: Layout, micro_batches: int) -> Sequence[Sequence[Instructio
     return programs(layout, micro_batches)
 
 
-def show_layouts(request: Request, wanted: str, hf_class: Any) -> int:
+def show_layouts(request: Request, wanted: str, shape_in: Callable[[ParallelConfig], ModelShape]) -> int:
     """Print all layouts of the request's world size."""
     from rich.console import Console
 
     from launch.planner.render import render_search
     from launch.planner.search import ASSUMED, search
-    from recipes.models.shape import model_shape
 
     cfg = request.cfg
     speeds = []
@@ -95,10 +97,8 @@ def show_layouts(request: Request, wanted: str, hf_class: Any) -> int:
             rule = "a number per second, above 0"
             raise RequestError(Problem(key, request.own[key], rule, f"{key}={assumed:g}")) from None
     found = search(
-        cfg, request.layout.world, request.environment.on(request.device),
-        lambda parallel: model_shape(cfg.model, cfg.data, cfg.precision.name, parallel, hf_class),
-        programs, request.device, *speeds,
-    )  # fmt: skip
+        cfg, request.layout.world, request.environment.on(request.device), shape_in, programs, request.device, *speeds
+    )
     if wanted == "json":
         print(json.dumps([asdict(candidate) for candidate in found], indent=2, ensure_ascii=False))
     else:

@@ -79,7 +79,7 @@ def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, pl
     """
     sequences = (cfg.batch.micro_size or 1) * (cfg.batch.accumulation or 1)
     weight = element_bytes(cfg.precision.name)
-    tokens = sequences * cfg.data.seq_length // layout.sequence
+    tokens = sequences * shape.seq_length // layout.sequence
     forwards = 2 if cfg.train.activation_checkpointing == 1 else 1
     sent: dict[str, float] = {}
     if layout.tensor > 1:

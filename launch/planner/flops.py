@@ -34,7 +34,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 }
 
 
-def flops_per_token(shape: ModelShape, seq_length: int) -> float:
+def flops_per_token(shape: ModelShape) -> float:
     """FLOPs of forward and backward for one token: 6N + 12·L·H·Q·T (PaLM, Chowdhery et al. 2022, appendix B).
 
     N counts the parameters that multiply: a lookup does not, so embeddings are left out, but a tied one is the head. As
@@ -42,7 +42,7 @@ def flops_per_token(shape: ModelShape, seq_length: int) -> float:
     activation checkpointing is not counted.
     """
     multiplying = shape.parameters - shape.idle - shape.embedding + (shape.vocab * shape.hidden if shape.tied else 0)
-    return 6.0 * multiplying + 12.0 * shape.layers * shape.heads * shape.head_dim * seq_length
+    return 6.0 * multiplying + 12.0 * shape.layers * shape.heads * shape.head_dim * shape.seq_length
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -79,9 +79,7 @@ def optimizer_numbers(shape: ModelShape, optimizer: OptimizerConfig) -> int:
     return numbers * shape.parameters
 
 
-def memory(
-    shape: ModelShape, cfg: Config, layout: Layout, seq_length: int, device: str, in_flight: float = 1
-) -> Memory:
+def memory(shape: ModelShape, cfg: Config, layout: Layout, device: str, in_flight: float = 1) -> Memory:
     """The bytes of one rank while it trains on `device` (cpu | cuda); everything at its largest at once.
 
     shape: of what this rank holds. in_flight: micro-batches whose activations it keeps at the same time.
@@ -95,7 +93,7 @@ def memory(
         "optimizer state": states,
         "engine buffers": _buffers(shape, cfg, ranks, device),
         "activations": _activations(shape, cfg, in_flight),
-        "logits and loss": _logits(shape, cfg, seq_length // layout.sequence) if shape.vocab else 0,
+        "logits and loss": _logits(shape, cfg, shape.seq_length // layout.sequence) if shape.vocab else 0,
     }
     elsewhere: dict[str, dict[str, int]] = {"cpu": {}, "nvme": {}}
     if zero.offload_optimizer != "none":

@@ -18,8 +18,10 @@ class Activations(Protocol):
 
 
 class ModelShape(Protocol):
-    """A decoder in numbers; counts are in elements, tied parameters counted once."""
+    """A model in numbers; counts are in elements, tied parameters counted once. seq_length: positions of a row."""
 
+    @property
+    def seq_length(self) -> int: ...
     @property
     def parameters(self) -> int: ...
     @property

@@ -48,7 +48,7 @@ def make_plan(
     in_order = [costs[stage] for stage in sorted(costs)]
     worst = max(stages, key=lambda stage: stage["bytes_per_rank"]["device"]["total"])
     busiest = max(stages, key=lambda stage: stage["bytes_sent_per_rank_and_step"]["total"])
-    tokens = (cfg.batch.global_size or 0) * cfg.data.seq_length
+    tokens = (cfg.batch.global_size or 0) * shape.seq_length
     return {
         "name": cfg.name,
         "device": device,
@@ -63,7 +63,7 @@ def make_plan(
             "precision": cfg.precision.name,
         },
         "tokens_per_step": tokens,
-        "flops_per_step": flops_per_token(shape, cfg.data.seq_length) * tokens,
+        "flops_per_step": flops_per_token(shape) * tokens,
         "bytes_per_rank": worst["bytes_per_rank"],
         "bytes_sent_per_rank_and_step": busiest["bytes_sent_per_rank_and_step"],
         "stages": stages,
@@ -84,7 +84,7 @@ def stage_plans(
             own = sum(part.costs) or 1.0
             shares = {s: cost / own for s, cost in zip(layout.stages_of(index), part.costs, strict=True)}
             waiting = simulated_in_flight(folded[index], shares)
-        used = memory(part.shape, cfg, layout, cfg.data.seq_length, device, waiting)
+        used = memory(part.shape, cfg, layout, device, waiting)
         sent = bytes_per_step(part.shape, cfg, layout) | within_a_step(part, shape, cfg, layout, index)
         stages.append(
             {

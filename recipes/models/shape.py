@@ -42,9 +42,11 @@ class Activations:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal LM in numbers. Counts are in elements, tied parameters counted once."""
+    """A model in numbers. Counts are in elements, tied parameters counted once."""
 
     model_type: str
+    seq_length: int
+    """Positions of a row."""
     parameters: int
     embedding: int
     """Lookup tables: token, position and type embeddings; a tied head is this one."""
@@ -78,10 +80,12 @@ def model_shape(
     precision: str,
     parallel: ParallelConfig | None = None,
     hf_class: Any = None,
+    seq_length: int | None = None,
 ) -> ModelShape:
-    """The shape of the model that a configuration trains, at `data.seq_length` and the dtype of `precision`.
+    """The shape of the model that a configuration trains, in the dtype of `precision`.
 
-    hf_class: the Auto class of the task; None: causal language models.
+    hf_class: the Auto class of the task; None: causal language models. seq_length: positions of a row; None:
+    `data.seq_length`.
 
     Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make a causal LM of
     (model.*), for sequences longer than the model's positions (data.seq_length), and for a model that cannot be divided
@@ -91,13 +95,17 @@ def model_shape(
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    seq_length = seq_length or data.seq_length
     hf_class, parallel = hf_class or AutoModelForCausalLM, parallel or ParallelConfig()
     config = _config(model, data)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    if positions and data.seq_length > positions:
-        rule = f"the model has {positions} positions"
-        raise RequestError(Problem("data.seq_length", str(data.seq_length), rule, f"data.seq_length={positions}"))
+    if positions and seq_length > positions:
+        rule = f"the model has {positions} positions" + (
+            f", a row {seq_length}" if seq_length != data.seq_length else ""
+        )
+        nearest = f"data.seq_length={positions * data.seq_length // seq_length}"
+        raise RequestError(Problem("data.seq_length", str(data.seq_length), rule, nearest))
     attention = _register_traced(model.attention, data.packing)
     try:
         with torch.device("meta"):
@@ -125,6 +133,7 @@ def model_shape(
     heads = getattr(text, "num_attention_heads", 0)
     whole = ModelShape(
         model_type=config.model_type,
+        seq_length=seq_length,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding=_embedding(network),
         head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
@@ -145,10 +154,10 @@ def model_shape(
     stages = stage_plan(network, parallel)
     ranks = divide_on_meta(network, parallel.tensor)
     # What is inside of attention is as much per rank with all tokens of some heads as with some tokens of all heads.
-    activations = _trace(network, layers, data.seq_length // parallel.sequence)
+    activations = _trace(network, layers, seq_length // parallel.sequence)
     traffic = Traffic()
     if ranks is not None:
-        hidden = data.seq_length // parallel.sequence * whole.hidden * network.dtype.itemsize
+        hidden = seq_length // parallel.sequence * whole.hidden * network.dtype.itemsize
         traffic = (
             ranks.traffic() if activations else Traffic((2 * whole.layers + 1) * hidden, 2 * whole.layers * hidden)
         )

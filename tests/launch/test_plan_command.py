@@ -43,6 +43,18 @@ def test_json_is_one_object_and_adds_up(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "planning writes nothing"
 
 
+def test_a_decoder_that_translates_has_rows_of_two_sides() -> None:
+    translation = ("+recipe=describe_functions", "model=llama_4m", "eval.new_tokens=48")
+    done = plan(*translation, "data.seq_length=32", "format=json")
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["tokens_per_step"] == got["batch"]["global_size"] * (32 + 48)
+    refused = plan(*translation, "data.seq_length=100", "model.config.max_position_embeddings=128")
+    assert refused.returncode == 2
+    assert "data.seq_length=100" in refused.stderr and "128 positions, a row 200" in refused.stderr
+    assert "data.seq_length=64" in refused.stderr
+
+
 def test_table_shows_the_batch_and_every_part() -> None:
     done = plan("+recipe=quickstart", "world_size=2")
     assert done.returncode == 0, done.stderr

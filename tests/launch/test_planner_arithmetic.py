@@ -22,6 +22,7 @@ def shape(**changes: Any) -> Any:
     given = {
         "parameters": 1000, "idle": 0, "embedding": 100, "head": 0, "layers": 2, "layer_parameters": (450, 450),
         "tensors": [("embed.weight", (5, 20)), ("w", (890,)), ("norm", (10,))], "tied": True, "vocab": 5, "hidden": 20,
+        "seq_length": 64,
         "heads": 2, "head_dim": 10, "activations": None,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
@@ -85,8 +86,8 @@ def test_one_rank_sends_nothing() -> None:
 
 def test_flops_of_a_tied_and_of_an_untied_head() -> None:
     attention = 12 * 2 * 2 * 10 * 64
-    assert flops_per_token(shape(), 64) == 6 * 1000 + attention  # the embedding multiplies, as the head
-    assert flops_per_token(shape(tied=False, head=100, parameters=1100), 64) == 6 * 1000 + attention
+    assert flops_per_token(shape()) == 6 * 1000 + attention  # the embedding multiplies, as the head
+    assert flops_per_token(shape(tied=False, head=100, parameters=1100)) == 6 * 1000 + attention
 
 
 def test_peaks_are_exact_or_unknown() -> None:

@@ -32,7 +32,7 @@ def toy(**changes: Any) -> Any:
     activations = SimpleNamespace(layers=(700, 600), boundary=100, outside=50)
     given = {
         "parameters": 1000, "idle": 0, "embedding": 400, "head": 100, "layers": 2, "layer_parameters": (250, 250),
-        "tensors": tensors, "tied": False, "vocab": 5, "hidden": 20, "heads": 2, "head_dim": 10,
+        "tensors": tensors, "tied": False, "vocab": 5, "hidden": 20, "seq_length": SEQ, "heads": 2, "head_dim": 10,
         "activations": activations,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
@@ -50,7 +50,7 @@ def config(stage: int, precision: str = "fp32", accumulation: str = "fp32", name
 
 
 def parts(cfg: Config, ranks: int = 4, device: str = "cuda") -> dict[str, int]:
-    return memory(toy(), cfg, Layout(ranks, ranks), SEQ, device).device
+    return memory(toy(), cfg, Layout(ranks, ranks), device).device
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ def test_buckets_by_hand() -> None:
 def test_offload_moves_bytes_off_the_device() -> None:
     layout = Layout(4, 4)
     cfg = config(3, "bf16", offload_optimizer="cpu", offload_param="cpu")
-    got = memory(toy(), cfg, layout, SEQ, "cuda")
+    got = memory(toy(), cfg, layout, "cuda")
     assert got.device["optimizer state"] == 0 and got.device["parameters"] == 100 * 2
     assert got.host == {"optimizer state": 3000, "gradients": 1000, "parameters": 225 * 2}
     cfg = config(3, "bf16", offload_optimizer="nvme", offload_param="nvme", nvme_path="/x")
-    got = memory(toy(), cfg, layout, SEQ, "cuda")
+    got = memory(toy(), cfg, layout, "cuda")
     assert got.nvme == {"optimizer state": 3000, "parameters": 225 * 2} and got.host == {"gradients": 1000}
 
 
 def test_fp32_offload_keeps_a_master_at_every_stage() -> None:
-    got = memory(toy(), config(3, offload_optimizer="cpu"), Layout(4, 4), SEQ, "cuda")
+    got = memory(toy(), config(3, offload_optimizer="cpu"), Layout(4, 4), "cuda")
     assert got.host["optimizer state"] == (1000 + 2000) * 4 // 4
 
 
@@ -125,7 +125,7 @@ def test_logits_by_hand() -> None:
 
 
 def test_unknown_activations_are_not_invented() -> None:
-    got = memory(toy(activations=None), config(1), Layout(1, 1), SEQ, "cpu")
+    got = memory(toy(activations=None), config(1), Layout(1, 1), "cpu")
     assert got.device["activations"] == 0
 
 
@@ -161,7 +161,7 @@ def test_parameters_gradients_and_state_are_what_torch_makes(kind: str) -> None:
 
     model, shape = real_model(kind), shape_of(kind)
     model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False).logits.sum().backward()
-    got = memory(shape, config(0), Layout(1, 1), SEQ, "cpu").device
+    got = memory(shape, config(0), Layout(1, 1), "cpu").device
     assert got["parameters"] == sum(p.numel() * p.element_size() for p in model.parameters())
     assert got["gradients"] == sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
     for name, optimizer in {
@@ -216,7 +216,7 @@ def test_activations_are_what_autograd_keeps(kind: str, packing: str, precision:
         model.base_model(input_ids=torch.zeros(batch, SEQ, dtype=torch.long), position_ids=positions, use_cache=False)
     cfg = config(0, precision, precision)
     cfg.batch.micro_size = batch
-    planned = memory(shape_of(kind, packing=packing, precision=precision), cfg, Layout(1, 1), SEQ, "cpu").device
+    planned = memory(shape_of(kind, packing=packing, precision=precision), cfg, Layout(1, 1), "cpu").device
     assert planned["activations"] == pytest.approx(measured, rel=0.02)
 
 
