@@ -62,7 +62,9 @@ class TokenClassification(TextTask):
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         limit = self.cfg.data.seq_length
-        tokens = [self._as_in_a_text(row.content["tokens"]) for row in rows]
+        tokens = [row.content["tokens"] for row in rows]
+        if is_byte_level(self.tokenizer):  # there the space before a word is a part of it
+            tokens = [[*words[:1], *(f" {word}" for word in words[1:])] for words in tokens]
         found = self.tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=limit)
         whole = self.tokenizer(tokens, is_split_into_words=True, verbose=False)
         lengths = [len(ids) for ids in whole["input_ids"]]
@@ -89,10 +91,6 @@ class TokenClassification(TextTask):
                 ]
             )  # fmt: skip
         return examples
-
-    def _as_in_a_text(self, tokens: list[str]) -> list[str]:
-        """With the space before a word where the tokenizer makes it a part of the word (byte-level ones)."""
-        return [*tokens[:1], *(f" {token}" for token in tokens[1:])] if is_byte_level(self.tokenizer) else tokens
 
     def hf_class(self) -> Any:
         from transformers import AutoModelForTokenClassification

@@ -77,7 +77,10 @@ def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.to
 
 
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it works on bytes, as GPT-2's does: a word in a text begins with the space before it."""
+    """Whether it works on bytes, as GPT-2's does: a word in a text begins with the space before it.
+
+    Reads all of the tokenizer (10 ms or more): not to be asked row by row.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = json.loads(backend.to_str())["pre_tokenizer"] if backend is not None else None
     return steps is not None and any(step["type"] == "ByteLevel" for step in (steps, *steps.get("pretokenizers", ())))
