@@ -130,12 +130,18 @@ def test_the_order_of_a_models_classes() -> None:
             order_of_classes(given, names, classes)
 
 
-def test_words_of_a_byte_level_tokenizer_are_those_of_a_text(tmp_path: Path) -> None:
+def test_words_of_a_byte_level_tokenizer_are_those_of_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes import token_classification as module
+
+    asked: list[Any] = []
+    real = module.is_byte_level
+    monkeypatch.setattr(module, "is_byte_level", lambda tokenizer: asked.append(tokenizer) or real(tokenizer))
     words = ["we", "saw", "Washington", "twice"]
     rows = [{"tokens": words, "tags": ["O", "O", "B-LOC", "O"]} for _ in range(16)]
     recipe = prepared(config(tmp_path, "token_classification", rows))
     ids = recipe.train.row(0)["input_ids"].tolist()
     assert ids == recipe.tokenizer(" ".join(words))["input_ids"]
+    assert len(asked) <= 2, "the whole tokenizer is read for each row"
 
 
 def test_answers_that_are_none_or_not_where_they_are_said_to_be(tmp_path: Path) -> None:
