@@ -17,6 +17,8 @@ import numpy as np
 from conf.errors import Problem, RequestError
 
 FILE = "preprocessor_config.json"
+FILES = (FILE, "processor_config.json")
+"""The second one holds all processors of a model that takes more than images."""
 MEAN, STD = 0.5, 0.5
 """Of values in 0 to 1, for a new model; a pretrained one says its own."""
 OF_VALUES = ("do_rescale", "do_normalize", "include_top")
@@ -43,7 +45,7 @@ class ImageProcessor:
         from transformers import AutoImageProcessor, ViTImageProcessorPil
 
         channels = getattr(config, "num_channels", 3)
-        if folder is not None and (folder / FILE).is_file():
+        if folder is not None and any((folder / name).is_file() for name in FILES):
             try:
                 # The same values with and without torchvision, whose resizing differs in the last bit.
                 whole = AutoImageProcessor.from_pretrained(str(folder), backend="pil")

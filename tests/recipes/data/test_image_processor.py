@@ -60,6 +60,12 @@ def test_both_halves_are_the_processor_of_the_model(tmp_path: Path, name: str) -
     assert again.settings() == ours.settings() and again.shape == ours.shape
 
 
+def test_the_processor_of_a_model_that_takes_more_than_images(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSORS["cropped"]}))
+    ours = ImageProcessor.of_model(tmp_path, SimpleNamespace(image_size=99), "m")
+    assert ours.shape == (3, 12, 12)
+
+
 def test_a_new_model_resizes_to_its_size(tmp_path: Path) -> None:
     grey = ImageProcessor.of_model(None, SimpleNamespace(image_size=8, num_channels=1), "vit")
     assert grey.shape == (1, 8, 8)
