@@ -20,7 +20,7 @@ from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
 from recipes.data.classes import class_names, in_order, order_of_classes
-from recipes.data.examples import Example, Examples, Shuffled, encoded
+from recipes.data.examples import Example, Examples, Shuffled, by_length, encoded
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
 
@@ -64,7 +64,7 @@ class Supervised(Recipe):
     ARRAYS: ClassVar[Mapping[str, str]] = {}
     """Arrays of an example → their dtype on disk."""
     LENGTHS: ClassVar[tuple[str, ...]] = ()
-    """The arrays whose lengths, added up, are made similar within a batch."""
+    """The arrays whose lengths are made similar within a batch."""
     UNUSED: ClassVar[tuple[str, ...]] = ("data.packing", "train.fused_loss", "eval.prompt")
     """Keys that only other tasks use."""
     labels: list[str]
@@ -173,17 +173,16 @@ class Supervised(Recipe):
                 raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
         train = Examples(store, "train", self.ARRAYS)
         held_out = Examples(store, "held_out", self.ARRAYS)
-        by_length = bool(self.LENGTHS) and data.bucketing
-        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], self._lengths(train) if by_length else None)
+        bucketed = bool(self.LENGTHS) and data.bucketing
+        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], self.lengths(train) if bucketed else None)
         self.held_out = held_out
-        self._order = (
-            np.argsort(-self._lengths(held_out), kind="stable").tolist() if by_length else range(len(held_out))
-        )
+        self._order = by_length(self.lengths(held_out))[::-1].tolist() if bucketed else range(len(held_out))
         if problems := self.check_model() + self._check_size():
             raise RequestError(problems)
 
-    def _lengths(self, examples: Examples) -> np.ndarray:
-        return np.sum([examples.lengths(name) for name in self.LENGTHS], axis=0)
+    def lengths(self, examples: Examples) -> list[np.ndarray]:
+        """(N,) for each array of an example that is padded by itself."""
+        return [examples.lengths(name) for name in self.LENGTHS]
 
     def held_out_order(self) -> Sequence[int]:
         """The longest rows first: a batch has rows of similar length, and what is too much for memory shows early."""

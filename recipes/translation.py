@@ -12,7 +12,7 @@ import numpy as np
 
 from conf.errors import Problem, RequestError
 from recipes.base import Prediction, Progress
-from recipes.data.examples import Example
+from recipes.data.examples import Example, Examples
 from recipes.data.packing import round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
@@ -101,6 +101,9 @@ class Translation(TextTask):
         """At most `data.seq_length` tokens, the last one among them."""
         limit = self.cfg.data.seq_length
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+    def lengths(self, examples: Examples) -> list[np.ndarray]:
+        return self.form.lengths(*super().lengths(examples))
 
     # Model
 
@@ -209,6 +212,10 @@ class Form(ABC):
         """Tokens of a row at most."""
 
     @abstractmethod
+    def lengths(self, sources: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+        """(N,) for each array of a row that is padded by itself."""
+
+    @abstractmethod
     def adopt(self, model: PreTrainedModel) -> None:
         """Look at the built model once; raises RequestError."""
 
@@ -246,6 +253,9 @@ class EncoderDecoder(Form):
 
     def row_length(self) -> int:
         return self.task.cfg.data.seq_length
+
+    def lengths(self, sources: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+        return [sources, targets]
 
     def adopt(self, model: PreTrainedModel) -> None:
         pass
@@ -297,6 +307,9 @@ class Decoder(Form):
     def row_length(self) -> int:
         cfg = self.task.cfg
         return cfg.data.seq_length + max(cfg.data.seq_length, cfg.eval.new_tokens)
+
+    def lengths(self, sources: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
+        return [sources + targets]
 
     def adopt(self, model: PreTrainedModel) -> None:
         from recipes.models.attention import check_causal

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from recipes.data.order import permute
+from recipes.data.packing import round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.data.store import ArrayWriter, Entry, entry, writing
@@ -44,6 +45,16 @@ class Examples:
         return np.diff(self._offsets[name])
 
 
+def by_length(lengths: Sequence[np.ndarray]) -> np.ndarray:
+    """The order of N rows in which those that follow each other need little padding.
+
+    lengths: (N,) for each array of a row that is padded by itself. All but the last one count as they are padded
+    (`round_up`), so that the next one has a say.
+    """
+    *others, last = lengths
+    return np.lexsort([last, *(round_up(each) for each in reversed(others))])  # sorts by the last of these first
+
+
 class Shuffled:
     """Training examples by global sample index: each epoch has each once, in an order of its own.
 
@@ -52,7 +63,7 @@ class Shuffled:
     (seed, epoch, index, global batch size).
     """
 
-    def __init__(self, examples: Examples, seed: int, batch: int, lengths: np.ndarray | None):
+    def __init__(self, examples: Examples, seed: int, batch: int, lengths: Sequence[np.ndarray] | None):
         self._examples, self._seed, self._batch, self._lengths = examples, seed, batch, lengths
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -76,7 +87,7 @@ class Shuffled:
         parts = []
         for start in range(0, len(drawn), WINDOW * self._batch):
             window = drawn[start : start + WINDOW * self._batch]
-            window = window[np.argsort(self._lengths[window], kind="stable")]
+            window = window[by_length([each[window] for each in self._lengths])]
             batches = [window[at : at + self._batch] for at in range(0, len(window), self._batch)]
             whole = len(batches) - (len(batches[-1]) < self._batch)  # one that is not full stays at the end
             order = permute(np.arange(whole), max(1, whole), self._seed, "batches", epoch, start)

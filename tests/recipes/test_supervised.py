@@ -14,7 +14,8 @@ from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
 from launch.runtime.loop import Judge, Progress
 from recipes import recipe_class
 from recipes.data.classes import order_of_classes
-from recipes.data.examples import Shuffled
+from recipes.data.examples import Shuffled, by_length
+from recipes.data.packing import round_up
 
 
 class Lengths:
@@ -34,7 +35,7 @@ class Lengths:
 @pytest.mark.parametrize("batch", [1, 8])
 def test_an_epoch_has_each_row_once_and_batches_of_similar_length(rows: int, batch: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 200, rows)
-    bucketed = Shuffled(Lengths(lengths), 0, batch, lengths)  # type: ignore[arg-type]
+    bucketed = Shuffled(Lengths(lengths), 0, batch, [lengths])  # type: ignore[arg-type]
     plain = Shuffled(Lengths(lengths), 0, batch, None)  # type: ignore[arg-type]
     for order in (bucketed, plain):
         for epoch in (0, 1):
@@ -48,6 +49,20 @@ def test_an_epoch_has_each_row_once_and_batches_of_similar_length(rows: int, bat
 
     if rows == 1000 and batch == 8:
         assert padding(bucketed) < 0.2 * padding(plain)
+
+
+def test_two_sides_of_a_row_are_both_of_similar_length() -> None:
+    draw = np.random.default_rng(0)
+    source = draw.integers(1, 60, 4096)
+    target = np.clip(source + draw.integers(-12, 13, 4096), 1, None)
+
+    def padding(order: np.ndarray) -> float:
+        sides = [side[order].reshape(-1, 32) for side in (source, target)]
+        return float(1 - (source.sum() + target.sum()) / (32 * sum(round_up(side.max(1)).sum() for side in sides)))
+
+    together = padding(np.argsort(source + target, kind="stable"))
+    assert padding(by_length([source, target])) < 0.8 * together < 0.5 * padding(np.arange(4096))
+    assert by_length([source]).tolist() == np.argsort(source, kind="stable").tolist()
 
 
 def config(tmp_path: Path, task: str, rows: list[dict[str, Any]], **data: Any) -> Config:
