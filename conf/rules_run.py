@@ -198,7 +198,11 @@ def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A best model is chosen among several evaluations, and waited for by a metric."""
     metric, every = cfg.eval.metric, cfg.eval.every
     if metric is not None and not every:
-        yield Problem("eval.metric", metric, "there is one evaluation, and so no choice", "eval.every=50")
+        often = max(1, min(50, (cfg.train.steps or 100) // 2))
+        yield Problem("eval.metric", metric, "there is one evaluation, and so no choice", f"eval.every={often}")
+    if metric is not None and every and cfg.train.steps and every >= cfg.train.steps > 1:
+        rule = f"after train.steps={cfg.train.steps} there is one evaluation, and so no choice"
+        yield Problem("eval.every", str(every), rule, f"eval.every={cfg.train.steps // 2}")
     if cfg.eval.patience is not None and metric is None:
         yield Problem("eval.patience", str(cfg.eval.patience), "no metric says what is better", "eval.metric=loss")
     if cfg.eval.beams != 1 and cfg.task != "translation":

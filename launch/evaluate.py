@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
@@ -25,14 +26,22 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(f"usage: {USAGE}\n\n{__doc__}")
         return 0
-    models = [word for word in argv if "=" not in word and not word.startswith("-")]
+    words = [word for word in argv if not word.startswith(("-", "+"))]
+    models = [word for word in words if "=" not in word or Path(word).expanduser().is_dir()]
     if len(models) != 1:
         raise RequestError(Problem("MODEL", " ".join(models), "one model is evaluated", USAGE))
+    for key in ("model", "model.path"):
+        if value := [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]:
+            raise RequestError(Problem(key, value[0], "MODEL is what is evaluated", USAGE))
     path = Path(models[0]).expanduser()
     model = str(path / "model") if (path / "model" / "config.json").is_file() else models[0]
     given = [word for word in argv if word not in models]
     # The run directory is neither read nor written: one that holds a run is no obstacle.
-    request = read_request([*given, "model=pretrained", f"model.path={model}", "overwrite=true"], COMMAND, {"out": ""})
+    try:
+        whole = [*given, "model=pretrained", f"model.path='{model}'", "overwrite=true"]
+        request = read_request(whole, COMMAND, {"out": ""})
+    except RequestError as error:
+        raise RequestError(_of_model(problem) for problem in error.problems) from None
     out = Path(request.own["out"]) if request.own["out"] else None
     if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
         rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
@@ -69,6 +78,13 @@ def main(argv: list[str]) -> int:
             out.write_text("".join(lines))
         print(json.dumps(evaluation.metrics))
     return 0
+
+
+def _of_model(problem: Problem) -> Problem:
+    """A problem with model.path is one with MODEL."""
+    if problem.key != "model.path":
+        return problem
+    return replace(problem, key="MODEL", nearest=problem.nearest.removeprefix("model.path="))
 
 
 if __name__ == "__main__":

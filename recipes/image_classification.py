@@ -11,7 +11,7 @@ import numpy as np
 from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.examples import Example
-from recipes.data.image_processor import ImageProcessor
+from recipes.data.image_processor import FILES, ImageProcessor
 from recipes.data.rows import Meter, Problems, Row
 from recipes.supervised import IGNORE, NO_TEXT, Supervised
 
@@ -80,6 +80,20 @@ class ImageClassification(Supervised):
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification
+
+    def check_model(self) -> list[Problem]:
+        import torch
+
+        channels, height, width = self._processor.shape
+        with torch.device("meta"):
+            network = self.hf_class().from_config(self.model_config())
+            try:
+                network(pixel_values=torch.zeros(1, channels, height, width))
+            except ValueError as error:  # families that take one size only
+                rule = f"its image processor gives {height}×{width} pixels: {str(error).splitlines()[0]}"
+                where = str(self.cfg.model.path or self.cfg.model.type)
+                return [Problem("model.path", where, rule, f"the size of the model in {FILES[0]}")]
+        return super().check_model()
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         shape = self._processor.shape

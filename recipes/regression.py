@@ -105,6 +105,13 @@ class NumberRegression(_Numbers):
     def scratch_defaults(self) -> dict[str, Any]:
         return {"num_features": len(self.train.row(0)["features"])}
 
+    def check_model(self) -> list[Problem]:
+        has, wants = len(self.held_out.row(0)["features"]), getattr(self.model_config(), "num_features", None)
+        if self._folder and wants not in (None, has):
+            rule = f"the model takes {wants} features, a row has {has}"
+            return [Problem("data.features", ",".join(self.cfg.data.features), rule, "the columns it was trained on")]
+        return super().check_model()
+
     def model_config(self) -> PretrainedConfig:
         import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
 

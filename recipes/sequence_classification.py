@@ -11,7 +11,7 @@ from conf.errors import Problem
 from conf.rules_values import shown
 from recipes.base import Prediction
 from recipes.data.examples import Example
-from recipes.data.rows import Meter, Problems, Row, check_content
+from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -37,8 +37,8 @@ class SequenceClassification(TextTask):
         texts = {name: value for name, value in content.items() if name != "label"}
         problems = check_content(texts, where, columns)
         for label in content["label"] if self._many(content["label"]) else [content["label"]]:
-            if isinstance(label, bool) or not isinstance(label, str | int):
-                wanted = "a list of names or numbers" if self.cfg.data.multi_label else "a name or a number"
+            if isinstance(label, bool) or not isinstance(label, str | int) or wrong_text(str(label)):
+                wanted = "a list of names or whole numbers" if self.cfg.data.multi_label else "a name or a whole number"
                 rule = f"column '{columns['label']}' must be {wanted}"
                 problems.append(Problem(where, repr(label), rule))
                 break

@@ -6,6 +6,7 @@ A recipe says which columns and kinds of data it reads, how a row is encoded, wh
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
@@ -111,6 +112,9 @@ class Supervised(Recipe):
             rule = f"{self.cfg.task} reads {', '.join(self.KINDS)}"
             yield Problem("data.kind", data.kind, rule, f"data={near}")
         yield from foreign_keys(self.cfg, self.KEYS)
+        if twice := [name for name, count in Counter(data.labels or ()).items() if count > 1]:
+            rule, once = f"'{twice[0]}' stands there twice", ",".join(dict.fromkeys(data.labels or ()))
+            yield Problem("data.labels", f"[{','.join(data.labels or ())}]", rule, f"data.labels=[{once}]")
         for name in self.KEYS if data.kind in self.KINDS and data.kind not in RECORDS else ():
             if name in COLUMNS and name not in READ_BY.get(data.kind, ()) and changed(data, name):
                 rule = f"{data.kind} data has no columns with names"
@@ -190,7 +194,7 @@ class Supervised(Recipe):
 
     def _check_size(self) -> list[Problem]:
         rows, size = len(self.train), sizes(self.cfg.batch)[0]
-        if rows >= size:
+        if rows >= size or self.finished:
             return []
         rule = f"one global batch is more than the whole training split, which has {rows} rows"
         return [Problem("batch.global_size", str(size), rule, f"batch.global_size={rows}, or more data")]
@@ -208,13 +212,19 @@ class Supervised(Recipe):
             return {"counts": counts}
 
         counts = entry(root, f"labels-{fingerprint}", build).facts["counts"]
-        if not counts or not self.CLASSES:
-            return list(self.cfg.data.labels or []), counts
         given = self.cfg.data.labels
+        if not self.CLASSES or type(self).classes_of is Supervised.classes_of:
+            return list(given or []), counts
+        if not counts and not self.finished:
+            rule = "no training row has a class"
+            raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
         names = class_names(self._folder) if self._folder is not None else None
         if self.finished:
             given = order_of_classes(given, names, counts)
         given = given or (in_order(names, counts) if names else None)
+        if len(given or counts) == 1 and not self.cfg.data.multi_label and not self.finished:
+            rule = f"all training rows are of one class ('{next(iter(counts))}'): there is nothing to tell apart"
+            raise RequestError(Problem("data", source.name, rule, "rows of other classes, or task=causal_lm"))
         if given is None:
             return sorted(counts, key=_natural), counts
         without = [name for name in self.cfg.data.labels or () if name not in counts]
@@ -243,7 +253,8 @@ class Supervised(Recipe):
             near = did_you_mean(label, self.labels)
             shown_labels = ", ".join(self.labels[:12]) + ("…" if len(self.labels) > 12 else "")
             rule = f"not in the label set ({shown_labels})"
-            problems.add(Problem(where, repr(label), rule, f"'{near}'" if near else "data.labels=[…], or mend the row"))
+            nearest = "mend the row, or have training rows of this class"
+            problems.add(Problem(where, repr(label), rule, f"'{near}'" if near else nearest))
             return None
 
     @property

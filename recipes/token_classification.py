@@ -10,7 +10,7 @@ import numpy as np
 from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.examples import Example
-from recipes.data.rows import Meter, Problems, Row, check_content
+from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
 from recipes.data.tokenizer import is_byte_level
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
@@ -41,7 +41,8 @@ class TokenClassification(TextTask):
     def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
         for name, kinds in (("tokens", str), ("tags", str | int)):
             value = content[name]
-            if not isinstance(value, list) or not all(isinstance(one, kinds) for one in value):
+            fits = isinstance(value, list) and all(isinstance(one, kinds) for one in value)
+            if not fits or (name == "tags" and any(map(_no_tag, value))):
                 rule = f"column '{columns[name]}' must be a list of {'texts' if name == 'tokens' else 'tags'}"
                 return [Problem(where, repr(value)[:60], rule)]
         if problems := check_content({"tokens": " ".join(content["tokens"])}, where, columns):
@@ -140,6 +141,10 @@ class TokenClassification(TextTask):
             for both in zip(row["prediction"], row["label"], strict=True)
         ]
         return {"per_label": per_label(*self.sides(tags), self.labels)}
+
+
+def _no_tag(value: str | int) -> bool:
+    return isinstance(value, bool) or value == "" or bool(wrong_text(str(value)))
 
 
 recipe = TokenClassification

@@ -249,6 +249,12 @@ class EncoderDecoder(Form):
         return AutoModelForSeq2SeqLM
 
     def check(self) -> list[Problem]:
+        config, wanted = self.task.model_config(), self.task.cfg.eval.new_tokens
+        names = ("max_decoder_position_embeddings", "max_position_embeddings")
+        has = next((known for name in names if (known := getattr(config, name, None))), None)
+        if has and wanted > has:
+            rule = f"the decoder has {has} positions"
+            return [Problem("eval.new_tokens", str(wanted), rule, f"eval.new_tokens={has}")]
         return []
 
     def row_length(self) -> int:

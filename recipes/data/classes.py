@@ -16,7 +16,11 @@ def class_names(folder: Path) -> list[str] | None:
     if not file.is_file():
         return None
     known = json.loads(file.read_text()).get("id2label") or {}
-    return [str(known[number]) for number in sorted(known, key=int)] or None
+    try:
+        return [str(known[number]) for number in sorted(known, key=int)] or None
+    except (ValueError, TypeError):
+        rule = 'its id2label is no table of numbers and names, as {"0": "negative", "1": "positive"}'
+        raise RequestError(Problem("model.path", str(file), rule)) from None
 
 
 def in_order(names: Sequence[str], classes: Iterable[str]) -> list[str] | None:
@@ -44,6 +48,8 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
         if not nameless and names is not None and (order := in_order(names, given)) and order != given:
             rule = f"the model's classes are in another order: {', '.join(names)}"
             raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(order)}"))
+        if not nameless and names is not None:
+            _refuse_moved(given, names)
         return given
     if names and not nameless and (order := in_order(names, classes)):
         return order
@@ -52,6 +58,17 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
     has = "does not name its classes" if nameless else f"has the classes {', '.join(names or ())}"
     rule = f"the model {has}, the rows have {', '.join(sorted(classes)[:12])}: which is which?"
     raise RequestError(Problem("data.labels", "null", rule, "data.labels=[…], the rows' names in the model's order"))
+
+
+def _refuse_moved(given: list[str], names: list[str]) -> None:
+    """Raises RequestError where a name that the model knows too stands for another of its outputs."""
+    places = {name.casefold(): number for number, name in enumerate(names)}
+    moved = [name for number, name in enumerate(given) if places.get(name.casefold(), number) != number]
+    if moved:
+        rule = f"'{moved[0]}' is output {places[moved[0].casefold()]} of the model ({', '.join(names)})"
+        order = dict.fromkeys(range(max(len(names), len(given))), "…")
+        order |= {places[name.casefold()]: name for name in given if name.casefold() in places}
+        raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(list(order.values()))}"))
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -157,6 +157,9 @@ def _jsonl(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -
         except json.JSONDecodeError as error:
             problems.add(Problem(f"{path}:{number}", "", f"not valid JSON: {error.msg} at column {error.colno}"))
             continue
+        except ValueError:  # Python converts no more digits than sys.get_int_max_str_digits()
+            problems.add(Problem(f"{path}:{number}", "", "a number has too many digits"))
+            continue
         except RecursionError:
             problems.add(Problem(f"{path}:{number}", "", "not valid JSON: nested too deeply"))
             continue

@@ -109,6 +109,9 @@ def value_of(record: dict[str, Any], column: str) -> Any:
 def missing_columns(fields: Fields, key: str, present: Iterable[str], where: str) -> list[Problem]:
     """One problem per column that the configuration names and the data does not have. `key`: `data` or one source's."""
     names = [str(name) for name in present]
+    if len(names) == 1 and (signs := [sign for sign in "\t;|," if sign in names[0]]):
+        rule = f"{where} has one column: {names[0]}"
+        return [Problem(f"{key}.delimiter", "", rule, f"{key}.delimiter='{signs[0]}'")]
     return [
         Problem(
             f"{key}.{name}",
@@ -128,11 +131,11 @@ def check_content(content: dict[str, Any], where: str, columns: dict[str, str]) 
     return [
         Problem(where, "", f"column '{columns[name]}' {wrong}")
         for name, value in content.items()
-        if (wrong := _wrong_text(value))
+        if (wrong := wrong_text(value))
     ]
 
 
-def _wrong_text(value: Any) -> str:
+def wrong_text(value: Any) -> str:
     """Why a value is no text that a tokenizer takes; empty when it is. JSON can spell half of a surrogate pair."""
     if not isinstance(value, str):
         return f"must be a string, it is {_kind(value)}"
@@ -163,7 +166,7 @@ def _check_messages(messages: Any, where: str, column: str) -> list[Problem]:
                 nearest = did_you_mean(part, message) or ", ".join(map(str, message))
                 rule = f"message {number} has no '{part}'; it has: {nearest or 'nothing'}"
                 problems.append(Problem(where, "", rule, '{"role": "user", "content": "…"}'))
-            elif wrong := _wrong_text(message[part]):
+            elif wrong := wrong_text(message[part]):
                 problems.append(Problem(where, "", f"'{part}' of message {number} {wrong}"))
     return problems
 

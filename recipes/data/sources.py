@@ -275,7 +275,10 @@ def find_files(kind: str, key: str, value: str | None, max_files: int | None) ->
     if path.is_file():
         return [(path.name, path)]
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _wanted(kind, file, path))
+        try:
+            found = sorted(file for file in _below(path) if _wanted(kind, file, path))
+        except OSError as error:
+            raise RequestError(Problem(key, value, f"{error.filename} cannot be read ({error.strerror})")) from None
         if not found:
             wanted = " ".join(SUFFIXES.get(kind, ("any file",)))
             raise RequestError(Problem(key, value, f"the folder has no file to read ({wanted})", f"{key}='{value}/*'"))
@@ -286,6 +289,18 @@ def find_files(kind: str, key: str, value: str | None, max_files: int | None) ->
             raise RequestError(_nothing_there(key, value, path))
         root = Path(os.path.commonpath([file.parent for file in found]))
     return [(file.relative_to(root).as_posix(), file) for file in found][:max_files]
+
+
+def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """All files in a folder, through links to other folders too, but not those that lead back."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _below(entry, (*above, real))
+        elif entry.is_file():
+            yield entry
 
 
 def _wanted(kind: str, file: Path, root: Path) -> bool:

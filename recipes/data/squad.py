@@ -10,7 +10,7 @@ from typing import Any
 
 from conf.errors import Problem, did_you_mean
 from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _once, _TwiceError, open_bytes, read_document
-from recipes.data.rows import Meter, Problems, Row, _kind, _wrong_text
+from recipes.data.rows import Meter, Problems, Row, _kind, wrong_text
 from recipes.data.sources import FileSource
 
 SHOWN = 60
@@ -203,7 +203,7 @@ def _text(record: Any, name: str, place: str, problems: Problems) -> str | None:
     value = _part(record, name, str, place, problems)
     if value is None:
         return None
-    wrong = _wrong_text(value) or ("" if value.strip() else "is empty")
+    wrong = wrong_text(value) or ("" if value.strip() else "is empty")
     if wrong:
         problems.add(Problem(place, "", f"'{name}' {wrong}"))
     return None if wrong else value
