@@ -195,7 +195,7 @@ class QuestionAnswering(TextTask):
             window = int(batch["id"][number])
             row = self.held_out.row(window)
             spans, (first, last) = row["spans"].reshape(-1, 2), outputs["span"][number]
-            text = _text(row["context"])[spans[first, 0] : spans[last, 1]]
+            text = _text(row["context"])[spans[first, 0] : spans[last, 1]].strip()
             score, none = float(outputs["score"][number]), float(outputs["none"][number])
             found.append(
                 {

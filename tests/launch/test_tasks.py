@@ -82,7 +82,7 @@ GOOD = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n" fo
         (GOOD, GOOD, ("data.label=lable",), "data.label=label"),
         (GOOD, GOOD, ("eval.metric=accurracy", "eval.every=5"), "eval.metric=accuracy"),
         (GOOD, GOOD, ("task=translation",), "data.source=source: rows.jsonl has no such column"),
-        ('{"text": "x", "label": 1.5}\n', GOOD, (), "must be a name or a number"),
+        ('{"text": "x", "label": 1.5}\n', GOOD, (), "must be a name or a whole number"),
     ],
     ids=lambda value: str(value)[-40:],
 )  # fmt: skip

@@ -227,3 +227,66 @@ def test_damaged_examples_are_made_again(tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache").glob("examples-*/held_out.input_ids")
     file.write_bytes(b"")
     assert prepared(cfg).held_out.row(0)["input_ids"].tolist() == before
+
+
+def refused(cfg: Config) -> str:
+    with pytest.raises(RequestError) as error:
+        prepared(cfg)
+    return str(error.value)
+
+
+TEXTS = [{"text": f"text {n}", "label": ["neg", "pos"][n % 2]} for n in range(24)]
+
+
+def test_classes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    task = "sequence_classification"
+    assert "one class ('x')" in refused(config(tmp_path, task, [{**row, "label": "x"} for row in TEXTS]))
+    empty = [{"text": row["text"], "label": []} for row in TEXTS]
+    assert "no training row has a class" in refused(config(tmp_path, task, empty, multi_label=True))
+    half = [*TEXTS, {"text": "a", "label": "p\ud83d"}]
+    assert ":25" in refused(config(tmp_path, task, half))
+    recipe = recipe_class(task)(config(tmp_path, task, TEXTS, labels=["neg", "pos", "pos"]))
+    assert ["stands there twice" in str(problem) for problem in recipe.check()] == [True]
+    for tags in ([True, "O"], ["", "O"], ["O", None]):
+        rows = [{"tokens": ["a", "b"], "tags": tags}] * 8
+        assert "must be a list of tags" in refused(config(tmp_path, "token_classification", rows))
+
+
+def test_names_of_a_model_that_stand_elsewhere() -> None:
+    with pytest.raises(RequestError, match=r"(?s)'pos' is output 1.*data\.labels=\[…,pos\]"):
+        order_of_classes(["pos", "negative"], ["neg", "pos"], ["negative", "pos"])
+    assert order_of_classes(["negative", "pos"], ["neg", "pos"], ["pos"]) == ["negative", "pos"]
+
+
+def test_a_number_of_many_digits_names_its_line(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "sequence_classification", TEXTS)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"text": "a", "label": ' + "9" * 5000 + "}\n")
+    assert "rows.jsonl:25" in refused(cfg) and "too many digits" in refused(cfg)
+
+
+def test_a_decoder_has_positions_for_what_is_generated(tmp_path: Path) -> None:
+    rows = [{"source": f"a {n}", "target": f"b {n}"} for n in range(16)]
+    cfg = config(tmp_path, "translation", rows)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+    cfg.model = ModelConfig(type="bart", config={**size, "max_position_embeddings": 32})
+    cfg.eval.new_tokens = 33
+    assert "eval.new_tokens=32" in refused(cfg)
+
+
+def test_an_image_processor_and_a_model_of_other_sizes(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    size = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**size, intermediate_size=16, num_labels=10))
+    model.save_pretrained(tmp_path / "vit")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(settings))
+    cfg = Config(
+        task="image_classification",
+        model=ModelConfig(path=str(tmp_path / "vit")),
+        data=DataConfig(kind="digits", held_out=0.2, cache_dir=str(tmp_path / "cache")),
+        batch=BatchConfig(4, 4, 1),
+    )
+    assert "gives 32×32 pixels" in refused(cfg)

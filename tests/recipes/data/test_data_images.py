@@ -295,6 +295,18 @@ def test_digits_are_those_of_scikit_learn(config):
     assert open_source(DigitsSource, data).fingerprint() == open_source(DigitsSource, data).fingerprint()
 
 
+def test_folders_behind_links_are_read_and_loops_end(tmp_path, config):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for place in (folder / "cat", elsewhere):
+        place.mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(PIXELS[number]).save(place / f"{number}.png")
+    (folder / "bird").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(folder, target_is_directory=True)
+    rows, _ = read(ImageFolderSource, config(kind="images", path=str(folder)))
+    assert sorted(row.content["label"] for row in rows) == ["bird"] * 3 + ["cat"] * 3
+
+
 # Colours
 
 
