@@ -143,6 +143,8 @@ CASES = [
     (["parallel.expert=2"], "parallel.expert", ["parallel.expert=1"], CPU),
     (["parallel.tensor=3"], "parallel.tensor", [], CPU),
     (["eval.metric=loss"], "eval.metric", ["eval.metric=loss", "eval.every=5"], CPU),
+    (["eval.metric=loss", "eval.every=50", "train.steps=50"], "eval.every",
+     ["eval.metric=loss", "eval.every=25", "train.steps=50"], CPU),
     (["eval.patience=2", "eval.every=5"], "eval.patience", ["eval.metric=loss", "eval.patience=2", "eval.every=5"],
      CPU),
     (["eval.beams=4"], "eval.beams", ["eval.beams=1"], CPU),
