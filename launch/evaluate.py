@@ -37,11 +37,9 @@ def main(argv: list[str]) -> int:
     model = str(path / "model") if (path / "model" / "config.json").is_file() else models[0]
     given = [word for word in argv if word not in models]
     # The run directory is neither read nor written: one that holds a run is no obstacle.
-    try:
-        whole = [*given, "model=pretrained", f"model.path='{model}'", "overwrite=true"]
-        request = read_request(whole, COMMAND, {"out": ""})
-    except RequestError as error:
-        raise RequestError(_of_model(problem) for problem in error.problems) from None
+    quoted = model.replace("\\", "\\\\").replace("'", "\\'")  # a path may hold what Hydra's grammar knows
+    whole = [*given, "model=pretrained", f"model.path='{quoted}'", "overwrite=true"]
+    request = read_request(whole, COMMAND, {"out": ""})
     out = Path(request.own["out"]) if request.own["out"] else None
     if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
         rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
@@ -70,6 +68,8 @@ def main(argv: list[str]) -> int:
             torch.distributed.barrier()
         finally:
             processes.leave()
+    except RequestError as error:
+        raise RequestError(map(_of_model, error.problems)) from None
     finally:
         terminal.release()
     if ranks.first:
@@ -84,7 +84,7 @@ def _of_model(problem: Problem) -> Problem:
     """A problem with model.path is one with MODEL."""
     if problem.key != "model.path":
         return problem
-    return replace(problem, key="MODEL", nearest=problem.nearest.removeprefix("model.path="))
+    return replace(problem, key="MODEL", nearest=problem.nearest.replace("model.path=", ""))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class ImageClassification(Supervised):
         return AutoModelForImageClassification
 
     def check_model(self) -> list[Problem]:
+        if problems := super().check_model():
+            return problems
         import torch
 
         channels, height, width = self._processor.shape
@@ -93,7 +95,7 @@ class ImageClassification(Supervised):
                 rule = f"its image processor gives {height}×{width} pixels: {str(error).splitlines()[0]}"
                 where = str(self.cfg.model.path or self.cfg.model.type)
                 return [Problem("model.path", where, rule, f"the size of the model in {FILES[0]}")]
-        return super().check_model()
+        return []
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         shape = self._processor.shape

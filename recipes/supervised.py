@@ -224,7 +224,7 @@ class Supervised(Recipe):
         given = given or (in_order(names, counts) if names else None)
         if len(given or counts) == 1 and not self.cfg.data.multi_label and not self.finished:
             rule = f"all training rows are of one class ('{next(iter(counts))}'): there is nothing to tell apart"
-            raise RequestError(Problem("data", source.name, rule, "rows of other classes, or task=causal_lm"))
+            raise RequestError(Problem("data", source.name, rule, "rows of other classes"))
         if given is None:
             return sorted(counts, key=_natural), counts
         without = [name for name in self.cfg.data.labels or () if name not in counts]

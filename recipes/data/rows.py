@@ -109,9 +109,6 @@ def value_of(record: dict[str, Any], column: str) -> Any:
 def missing_columns(fields: Fields, key: str, present: Iterable[str], where: str) -> list[Problem]:
     """One problem per column that the configuration names and the data does not have. `key`: `data` or one source's."""
     names = [str(name) for name in present]
-    if len(names) == 1 and (signs := [sign for sign in "\t;|," if sign in names[0]]):
-        rule = f"{where} has one column: {names[0]}"
-        return [Problem(f"{key}.delimiter", "", rule, f"{key}.delimiter='{signs[0]}'")]
     return [
         Problem(
             f"{key}.{name}",

@@ -201,6 +201,12 @@ class RecordSource(FileSource):
             if problems.found:
                 return
             if columns is not None:
+                signs = [sign for sign in "\t;|," if len(columns) == 1 and sign in str(columns[0])]
+                if self.config.kind == "csv" and signs:
+                    rule = f"{path} has one column: {columns[0]}"
+                    near = f"{self.key}.delimiter='{signs[0]}'".replace("\t", "\\t")
+                    problems.add(Problem(f"{self.key}.delimiter", self.config.delimiter, rule, near))
+                    return
                 problems.found += missing_columns(self.fields, self.key, columns, str(path))
                 return
         problems.add(Problem(key, value, "there are no rows in it", "a file with at least two rows"))

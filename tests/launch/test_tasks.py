@@ -35,6 +35,15 @@ def test_regression_finds_the_slope(tmp_path: Path) -> None:
         for file in (tmp_path / "found.jsonl", tmp_path / "runs/line/predictions.jsonl")
     )
     assert len(found) == 20 and [row["label"] for row in found] == [row["label"] for row in written]
+    (tmp_path / "runs/line").rename(tmp_path / "runs/lr=1's")
+    for model, extra, says in (
+        ("runs/none", (), "MODEL=runs/none"), ("runs/lr=1's", ("model.path=x",), "MODEL is what is evaluated"),
+    ):  # fmt: skip
+        refusal = run(["python", EVALUATE, model, "+recipe=line", *extra], tmp_path, env)
+        assert refusal.returncode == 2 and says in refusal.stderr, refusal.stderr
+    elsewhere = run(["python", EVALUATE, "runs/lr=1's", "+recipe=line"], tmp_path, env)
+    assert elsewhere.returncode == 0 and elsewhere.stdout.splitlines()[-1] == judged.stdout.splitlines()[-1]
+    (tmp_path / "runs/lr=1's").rename(tmp_path / "runs/line")
     again = run(["python", EVALUATE, "runs/line", "+recipe=line", "out=found.jsonl"], tmp_path, env)
     assert again.returncode == 2 and "never overwritten" in again.stderr
 

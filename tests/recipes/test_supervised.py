@@ -290,3 +290,12 @@ def test_an_image_processor_and_a_model_of_other_sizes(tmp_path: Path) -> None:
         batch=BatchConfig(4, 4, 1),
     )
     assert "gives 32×32 pixels" in refused(cfg)
+    cfg.model = ModelConfig(type="vit", config={**size, "hidden_size": 15})
+    refused(cfg)  # what transformers cannot build is no traceback either
+
+
+def test_a_csv_file_of_one_column_names_its_delimiter(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "sequence_classification", TEXTS, kind="csv")
+    (tmp_path / "rows.jsonl").write_text("text;label\n" + "a;b\nc;d\n" * 20)
+    problems = recipe_class(cfg.task)(cfg).check()
+    assert [problem.nearest for problem in problems] == ["data.delimiter=';'"]
