@@ -290,7 +290,7 @@ def test_an_image_processor_and_a_model_of_other_sizes(tmp_path: Path) -> None:
         batch=BatchConfig(4, 4, 1),
     )
     assert "gives 32×32 pixels" in refused(cfg)
-    cfg.model = ModelConfig(type="vit", config={**size, "hidden_size": 15})
+    cfg.model = ModelConfig(type="vit", config={**size, "hidden_act": "nonsense"})
     refused(cfg)  # what transformers cannot build is no traceback either
 
 
