@@ -180,7 +180,20 @@ def on_meta(hf_class: Any, config: PretrainedConfig, *, dtype: torch.dtype, atte
     Its buffers (rotary frequencies, causal masks) are computed for real: small, and not every family can redo them.
     """
     with _parameters_on_meta():
-        return hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
+        return _learning_all_tokens(hf_class.from_config(config, dtype=dtype, attn_implementation=attention))
+
+
+def _learning_all_tokens(model: PreTrainedModel) -> PreTrainedModel:
+    """No row of the token embeddings begins as zero or stays without gradient, as torch has it for `padding_idx`.
+
+    Padding is often the end of text as well, which separates and ends what a model reads; where it is only padding it
+    is hidden by the mask and has no gradient anyway.
+    """
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == rows:
+            module.padding_idx = None
+    return model
 
 
 @contextmanager
@@ -300,7 +313,7 @@ def from_pretrained(
         other = [f"{name} in this shape" for name, *_ in found["mismatched_keys"]]
         _refuse_lacking(folder, sorted(found["missing_keys"]) + other)
         model.config.use_cache = False
-        return model
+        return _learning_all_tokens(model)
     config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.use_cache = False
     model = on_meta(hf_class, config, dtype=dtype, attention=attention)

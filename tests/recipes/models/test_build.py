@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import TinyCausalLM, tiny_config
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, set_seed
 
 from conf.errors import RequestError
 from recipes.models.attention import keeps_documents_apart
@@ -141,3 +141,19 @@ def test_a_head_that_the_weights_lack_is_never_made_up(tmp_path: Path) -> None:
         from_pretrained(AutoModelForSequenceClassification, tmp_path / "whole", config=config, **settings)
     config.num_labels = 3
     from_pretrained(AutoModelForSequenceClassification, tmp_path / "whole", config=config, **settings)
+
+
+@pytest.mark.parametrize(("family", "table"), [("bert", "embeddings.word_embeddings"), ("bart", "shared")])
+def test_padding_that_is_also_the_end_of_text_learns(family: str, table: str, tmp_path: Path) -> None:
+    """torch keeps the row of `padding_idx` at zero and without gradient: whatever ends a text would mean nothing."""
+    shape = {"bert": SHAPE, "bart": {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1}}[family]
+    special = {"vocab_size": 301, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    wanted = AutoConfig.for_model(family, **special, **shape)
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": None}
+    new = from_scratch(AutoModel, wanted, seed=0, **settings)
+    new.save_pretrained(tmp_path)
+    for model in (new, from_pretrained(AutoModel, tmp_path, **settings)):
+        rows = model.get_submodule(table).weight
+        assert rows[0].std() > 0.5 * rows[1:].std()
+        model(torch.tensor([[5, 0, 7]])).last_hidden_state.pow(3).sum().backward()
+        assert rows.grad[0].norm() > 0
