@@ -102,7 +102,8 @@ class Layout:
                     str(wanted[largest]),
                     f"the world is data × tensor × pipeline × sequence; {world} ranks cannot be divided into "
                     f"{parallel.tensor} tensor × {parallel.pipeline} pipeline × {parallel.sequence} sequence = {each}",
-                    f"parallel.{largest}={fitting[-1]}, or a number of ranks that {each} divides",
+                    f"parallel.{largest}={fitting[-1]}, or a number of ranks that {each} divides: deepspeed --num_gpus "
+                    f"{each} (of a plan: world_size={each})",
                 )
             )
         return cls(world=world, data=world // each, **wanted, schedule=parallel.schedule)

@@ -15,10 +15,14 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from conf.errors import Problem, RequestError
+from conf.schema import DataConfig
 from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
 
 COMMAND = "launch/evaluate.py"
+ROWS = ("kind", "path", "name", "subset", "split", "target_path")
+"""Keys of `data` that say which rows there are, and (below) which others are held out instead of a share of them."""
+APART = ("eval_path", "eval_split", "eval_target_path")
 USAGE = f"{COMMAND} MODEL +recipe=NAME key=value … [out=predictions.jsonl]"
 
 
@@ -40,6 +44,8 @@ def main(argv: list[str]) -> int:
     quoted = model.replace("\\", "\\\\").replace("'", "\\'")  # a path may hold what Hydra's grammar knows
     whole = [*given, "model=pretrained", f"model.path='{quoted}'", "overwrite=true"]
     request = read_request(whole, COMMAND, {"out": ""})
+    if seen := _seen(path, request.cfg.data):
+        raise RequestError(seen)
     out = Path(request.own["out"]) if request.own["out"] else None
     if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
         rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
@@ -78,6 +84,26 @@ def main(argv: list[str]) -> int:
             out.write_text("".join(lines))
         print(json.dumps(evaluation.metrics))
     return 0
+
+
+def _seen(model: Path, data: DataConfig) -> Problem | None:
+    """Held-out rows that the run of `model` (its folder, or its `model/`) trained on; None for models of elsewhere."""
+    import yaml
+
+    run = model if (model / "config.yaml").is_file() else model.parent
+    if not ((run / "config.yaml").is_file() and (run / "model").is_dir()):
+        return None
+    trained = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
+    if any(trained.get(name) != getattr(data, name) for name in ROWS) or any(getattr(data, name) for name in APART):
+        return None
+    apart = [f"data.{name}={value}" for name in APART if (value := trained.get(name))]
+    if apart:
+        rule = f"{run} was trained on all of these rows, and judged on others"
+        return Problem("data.held_out", f"{data.held_out:g}", rule, " ".join(apart))
+    if data.held_out > (share := float(trained.get("held_out", 0))):  # a smaller share is a part of a larger one
+        rule = f"{run} held out {share:g}, and was trained on the rest of these rows"
+        return Problem("data.held_out", f"{data.held_out:g}", rule, f"data.held_out={share:g}")
+    return None
 
 
 def _of_model(problem: Problem) -> Problem:

@@ -61,7 +61,7 @@ def render_search(found: list[Candidate], speeds: list[float], console: Console)
         for candidate in legal:
             plan = candidate.plan
             assert plan is not None
-            unknown = "" if plan["bytes_per_rank"]["activations_known"] else " + activations"
+            unknown = _unknown(plan["bytes_per_rank"])
             table.add_row(
                 _short(candidate.layout),
                 f"{candidate.seconds:.3g} s",
@@ -84,6 +84,11 @@ def _short(layout: Layout) -> str:
     return f"{layout.data}×{layout.tensor}×{layout.pipeline}×{layout.sequence}{folded}"
 
 
+def _unknown(used: dict[str, Any]) -> str:
+    """What a total of bytes lacks."""
+    return "" if used["activations_known"] else " + activations"
+
+
 def _shares(model: dict[str, Any]) -> str:
     head = "head tied to it" if model["tied"] else f"head {model['head']:,}"
     return f" (embedding {model['embedding']:,}, {head})"
@@ -101,6 +106,7 @@ def _memory_table(used: dict[str, Any]) -> Table:
         cells = ["?" if unknown and not size else human_bytes(size) for size in sizes]
         if part == "total":
             table.add_section()
+            cells[0] += _unknown(used)
         table.add_row(part, *cells)
     return table
 

@@ -38,6 +38,7 @@ def test_regression_finds_the_slope(tmp_path: Path) -> None:
     (tmp_path / "runs/line").rename(tmp_path / "runs/lr=1's")
     for model, extra, says in (
         ("runs/none", (), "MODEL=runs/none"), ("runs/lr=1's", ("model.path=x",), "MODEL is what is evaluated"),
+        ("runs/lr=1's/model", ("data.held_out=0.5",), "held out 0.1, and was trained on the rest of these rows"),
     ):  # fmt: skip
         refusal = run(["python", EVALUATE, model, "+recipe=line", *extra], tmp_path, env)
         assert refusal.returncode == 2 and says in refusal.stderr, refusal.stderr
