@@ -66,6 +66,9 @@ class Supervised(Recipe):
     """Arrays of an example → their dtype on disk."""
     LENGTHS: ClassVar[tuple[str, ...]] = ()
     """The arrays whose lengths are made similar within a batch."""
+    WINDOW: ClassVar[int] = 64
+    """Global batches whose rows are sorted by length together: enough for little padding, few enough to stay shuffled.
+    One where a row has as many targets as tokens: in a batch of short rows each of them would weigh more."""
     UNUSED: ClassVar[tuple[str, ...]] = ("data.packing", "train.fused_loss", "eval.prompt")
     """Keys that only other tasks use."""
     labels: list[str]
@@ -178,7 +181,8 @@ class Supervised(Recipe):
         train = Examples(store, "train", self.ARRAYS)
         held_out = Examples(store, "held_out", self.ARRAYS)
         bucketed = bool(self.LENGTHS) and data.bucketing
-        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], self.lengths(train) if bucketed else None)
+        lengths = self.lengths(train) if bucketed else None
+        self.train = Shuffled(train, cfg.seed, sizes(cfg.batch)[0], lengths, self.WINDOW)
         self.held_out = held_out
         self._order = by_length(self.lengths(held_out))[::-1].tolist() if bucketed else range(len(held_out))
         if problems := self.check_model() + self._check_size():

@@ -21,8 +21,6 @@ Example = dict[str, np.ndarray]
 Progress = Callable[[int, int, str], None]
 SPLITS = ("train", "held_out")
 BATCH_ROWS = 1024
-WINDOW = 64
-"""Global batches whose rows are sorted by length together: enough for little padding, few enough to stay shuffled."""
 
 
 class Examples:
@@ -58,13 +56,17 @@ def by_length(lengths: Sequence[np.ndarray]) -> np.ndarray:
 class Shuffled:
     """Training examples by global sample index: each epoch has each once, in an order of its own.
 
-    With `lengths`, stretches of WINDOW global batches are sorted by length and dealt into batches, whose order is
-    shuffled: a batch has rows of similar length, and which rows meet changes with every epoch. A pure function of
-    (seed, epoch, index, global batch size).
+    With `lengths`, stretches of `window` global batches are sorted by length and dealt into batches, whose order is
+    shuffled: a batch has rows of similar length, and which rows meet changes with every epoch. With a window of one
+    batch its rows stay those of the draw, and its micro-batches, in every layout, have rows of similar length. A pure
+    function of (seed, epoch, index, global batch size).
     """
 
-    def __init__(self, examples: Examples, seed: int, batch: int, lengths: Sequence[np.ndarray] | None):
+    def __init__(
+        self, examples: Examples, seed: int, batch: int, lengths: Sequence[np.ndarray] | None, window: int = 1
+    ):
         self._examples, self._seed, self._batch, self._lengths = examples, seed, batch, lengths
+        self._window = window * batch
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -84,9 +86,11 @@ class Shuffled:
         drawn = permute(np.arange(len(self)), len(self), self._seed, "examples", epoch)
         if self._lengths is None:
             return drawn
-        parts = []
-        for start in range(0, len(drawn), WINDOW * self._batch):
-            window = drawn[start : start + WINDOW * self._batch]
+        # Batches do not begin where epochs do: what completes the last one of the epoch before stays as it is drawn.
+        lead = -epoch * len(self) % self._batch
+        parts = [drawn[:lead]]
+        for start in range(lead, len(drawn), self._window):
+            window = drawn[start : start + self._window]
             window = window[by_length([each[window] for each in self._lengths])]
             batches = [window[at : at + self._batch] for at in range(0, len(window), self._batch)]
             whole = len(batches) - (len(batches[-1]) < self._batch)  # one that is not full stays at the end

@@ -31,11 +31,11 @@ class Lengths:
         return {"id": index}
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("rows", [1, 7, 64, 1001])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_an_epoch_has_each_row_once_and_batches_of_similar_length(rows: int, batch: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 200, rows)
-    bucketed = Shuffled(Lengths(lengths), 0, batch, [lengths])  # type: ignore[arg-type]
+    bucketed = Shuffled(Lengths(lengths), 0, batch, [lengths], window=64)  # type: ignore[arg-type]
     plain = Shuffled(Lengths(lengths), 0, batch, None)  # type: ignore[arg-type]
     for order in (bucketed, plain):
         for epoch in (0, 1):
@@ -43,12 +43,25 @@ def test_an_epoch_has_each_row_once_and_batches_of_similar_length(rows: int, bat
             assert sorted(found) == list(range(rows))
     assert rows < 64 or [bucketed.locate(i) for i in range(rows)] != [bucketed.locate(rows + i) for i in range(rows)]
 
-    def padding(order: Shuffled) -> int:
-        parts = [[lengths[order.locate(i)] for i in range(at, min(at + batch, rows))] for at in range(0, rows, batch)]
+    def padding(order: Shuffled, epoch: int) -> int:
+        """Of the batches of an epoch, which begin where those of the epoch before end."""
+        places = range(-(-epoch * rows // batch) * batch, (epoch + 1) * rows - batch, batch)
+        parts = [[lengths[order.locate(i)] for i in range(at, at + batch)] for at in places]
         return sum(max(part) * len(part) - sum(part) for part in parts)
 
-    if rows == 1000 and batch == 8:
-        assert padding(bucketed) < 0.2 * padding(plain)
+    if rows == 1001 and batch == 8:
+        for epoch in (0, 1, 2):
+            assert padding(bucketed, epoch) < 0.2 * padding(plain, epoch)
+
+
+def test_a_window_of_one_batch_sorts_the_rows_of_the_draw() -> None:
+    """A batch has the rows that it would have anyway; its micro-batches have similar ones."""
+    lengths = np.random.default_rng(0).integers(1, 200, 1001)
+    one, plain = (Shuffled(Lengths(lengths), 0, 16, given) for given in ([lengths], None))  # type: ignore[arg-type]
+    for at in range(0, 3 * 1001, 16):
+        batch, drawn = ([order.locate(i) for i in range(at, at + 16)] for order in (one, plain))
+        assert sorted(batch) == sorted(drawn)
+        assert at // 1001 < (at + 15) // 1001 or list(lengths[batch]) == sorted(lengths[drawn])
 
 
 def test_two_sides_of_a_row_are_both_of_similar_length() -> None:
