@@ -150,7 +150,7 @@ def question_answering(cfg: Config, tokenizer: Any) -> Task:
 
     model = (transformers.AutoModelForQuestionAnswering, {})
     rows, _ = windows(examples(articles[:cut]))
-    return model, rows, held_out_windows, transformers.default_data_collator, metrics
+    return model, rows, held_out_windows, transformers.DataCollatorWithPadding(tokenizer), metrics
 
 
 TASKS = {
