@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.batch import Layout, resolve_batch
 from conf.environment import Environment, detect
-from conf.errors import Problem, RequestError
+from conf.errors import Problem, RequestError, did_you_mean
 from conf.hydra_flags import passthrough
 from conf.overrides import CONF_DIR, Overrides, read_overrides
 from conf.rules import check
@@ -124,7 +125,16 @@ def _give_way(read: Overrides) -> None:
 
 def _choice(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says."""
-    return yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {}
+    file = CONF_DIR / group / f"{name}.yaml"
+    try:
+        return yaml.safe_load(file.read_text()) or {}
+    except yaml.MarkedYAMLError as error:
+        raise RequestError(_not_yaml(file, error)) from None
+
+
+def _not_yaml(file: Path, error: yaml.MarkedYAMLError) -> Problem:
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    return Problem(f"conf/{file.relative_to(CONF_DIR)}:{line}", "", f"is no YAML: {error.problem}")
 
 
 def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
@@ -134,8 +144,29 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
             tree = hydra_compose("config", overrides=read.for_hydra())
         return OmegaConf.to_object(tree), []  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
+        if problem := _in_a_file(str(error)):
+            return None, [problem]
         key = getattr(error, "full_key", None) or "the overrides"
         return None, [Problem(str(key), "", str(error).splitlines()[0])]
+    except yaml.MarkedYAMLError:
+        for file in sorted(CONF_DIR.rglob("*.yaml")):  # the error does not know which one
+            try:
+                yaml.safe_load(file.read_text())
+            except yaml.MarkedYAMLError as error:
+                return None, [_not_yaml(file, error)]
+        raise
+
+
+def _in_a_file(message: str) -> Problem | None:
+    """A key of one of the files in `conf/` that the schema does not have, from what Hydra says of it."""
+    file, key = re.search(r"In '([^']+)'", message), re.search(r"full_key: (\S+)", message)
+    if file is None or key is None or "not in" not in message:
+        return None
+    section, _, name = key.group(1).rpartition(".")
+    known = asdict(Config()) if not section else asdict(Config()).get(section, {})
+    near = did_you_mean(name, known) if isinstance(known, dict) else ""
+    nearest = f"{section}.{near}".lstrip(".") if near else "a key of docs/configuration.md"
+    return Problem(f"conf/{file.group(1)}.yaml: {key.group(1)}", "", "there is no such key", nearest)
 
 
 def _layout(config: Config, world_size: int) -> Layout:

@@ -6,9 +6,13 @@ MODEL is a run directory, its `model/`, another folder or a hub name; `out=` tak
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -21,8 +25,8 @@ from launch.runtime.request import read_request, run_command
 
 COMMAND = "launch/evaluate.py"
 ROWS = ("kind", "path", "name", "subset", "split", "target_path")
-"""Keys of `data` that say which rows there are, and (below) which others are held out instead of a share of them."""
-APART = ("eval_path", "eval_split", "eval_target_path")
+"""Keys of `data` that say which rows there are."""
+PATHS = ("path", "target_path")
 USAGE = f"{COMMAND} MODEL +recipe=NAME key=value … [out=predictions.jsonl]"
 
 
@@ -44,14 +48,10 @@ def main(argv: list[str]) -> int:
     quoted = model.replace("\\", "\\\\").replace("'", "\\'")  # a path may hold what Hydra's grammar knows
     whole = [*given, "model=pretrained", f"model.path='{quoted}'", "overwrite=true"]
     request = read_request(whole, COMMAND, {"out": ""})
-    if seen := _seen(path, request.cfg.data):
-        raise RequestError(seen)
     out = Path(request.own["out"]) if request.own["out"] else None
     if out is not None and (out.exists() or not out.absolute().parent.is_dir()):
         rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
         raise RequestError(Problem("out", str(out), rule, "out=ANOTHER_FILE"))
-
-    import tempfile
 
     import torch
 
@@ -62,11 +62,18 @@ def main(argv: list[str]) -> int:
     from launch.runtime.staged import make_engine
 
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
+    # The engine and its libraries print as they like; what is printed here is one line.
+    sys.stdout.flush()
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     terminal = Terminal(ranks.first)
     try:
         processes.set_environment(ranks, request.device)
         recipe = prepare(request, terminal, finished=True)
-        terminal.capture(Path(tempfile.mkdtemp()) / f"rank_{ranks.rank}.log")
+        if seen := _seen(path, cfg.data, recipe.report.get("rows")):
+            raise RequestError(seen)
+        terminal.capture(Path(logs.name) / f"rank_{ranks.rank}.log")
         device = processes.join(ranks, request.device, cfg.train.threads)
         try:
             engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, request.device), device, 1)
@@ -78,32 +85,55 @@ def main(argv: list[str]) -> int:
         raise RequestError(map(_of_model, error.problems)) from None
     finally:
         terminal.release()
+        logs.cleanup()
     if ranks.first:
         if out is not None:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
             out.write_text("".join(lines))
-        print(json.dumps(evaluation.metrics))
+        print(json.dumps(evaluation.metrics), file=answer, flush=True)
     return 0
 
 
-def _seen(model: Path, data: DataConfig) -> Problem | None:
-    """Held-out rows that the run of `model` (its folder, or its `model/`) trained on; None for models of elsewhere."""
+def _seen(model: Path, data: DataConfig, rows: str | None) -> Problem | None:
+    """Held-out rows that the run of `model` (its folder, or its `model/`) trained on; None for models of elsewhere.
+
+    rows: what identifies the rows of `data.path` by their content, as the run wrote it into its summary.
+    """
     import yaml
+
+    from recipes.supervised import APART
 
     run = model if (model / "config.yaml").is_file() else model.parent
     if not ((run / "config.yaml").is_file() and (run / "model").is_dir()):
         return None
     trained = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
-    if any(trained.get(name) != getattr(data, name) for name in ROWS) or any(getattr(data, name) for name in APART):
+    summary = run / "summary.json"
+    known = json.loads(summary.read_text()).get("rows") if summary.is_file() else None
+    alike = known is not None and known == rows
+    there = not any(_place(trained, name) != _place(vars(data), name) for name in ROWS)
+    if not (alike or there) or any(getattr(data, name) for name in APART):
         return None
     apart = [f"data.{name}={value}" for name in APART if (value := trained.get(name))]
+    share = float(trained.get("held_out", 0))
     if apart:
-        rule = f"{run} was trained on all of these rows, and judged on others"
-        return Problem("data.held_out", f"{data.held_out:g}", rule, " ".join(apart))
-    if data.held_out > (share := float(trained.get("held_out", 0))):  # a smaller share is a part of a larger one
-        rule = f"{run} held out {share:g}, and was trained on the rest of these rows"
-        return Problem("data.held_out", f"{data.held_out:g}", rule, f"data.held_out={share:g}")
-    return None
+        rule, nearest = f"{run} was trained on all of these rows, and judged on others", " ".join(apart)
+    elif data.held_out > share:  # a smaller share is a part of a larger one
+        rule, nearest = (
+            f"{run} held out {share:g}, and was trained on the rest of these rows",
+            f"data.held_out={share:g}",
+        )
+    elif known is not None and not alike and rows is not None:
+        rule = f"{data.path} has changed since {run} was trained on it, and with it which rows are held out"
+        nearest = "data.eval_path=FILE, with rows of its own"
+    else:
+        return None
+    return Problem("data.held_out", f"{data.held_out:g}", rule, nearest)
+
+
+def _place(data: Mapping[str, Any], name: str) -> Any:
+    """A value of `data`; of a path, where it is."""
+    value = data.get(name)
+    return str(Path(value).expanduser().resolve()) if name in PATHS and value else value
 
 
 def _of_model(problem: Problem) -> Problem:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import Problem
+from conf.rules_values import changed
 from recipes.base import Prediction, Progress
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content
@@ -21,10 +22,15 @@ from recipes.text import TextTask
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
+AROUND = 8
+"""Tokens of a window that are neither question nor shared with the next one, at least: special ones, and new text."""
 LONGEST_ANSWER = 30
 """Tokens of a predicted answer at most."""
 NO_ANSWER = "no answer"
+NONE_IS_AN_ANSWER = "none_is_an_answer"
+"""Of a configuration: the model was trained on questions without an answer, too."""
 KINDS_OF_VALUE = {str: "texts", int: "numbers"}
 
 
@@ -44,6 +50,13 @@ class QuestionAnswering(TextTask):
         "context": "uint8", "answers": "uint8", "question": "uint8",
     }  # fmt: skip
     METRICS = {"loss": "min", "f1": "max", "exact_match": "max"}  # noqa: RUF012
+
+    def check(self) -> list[Problem]:
+        data = self.cfg.data
+        if changed(data, "stride") and data.stride >= data.seq_length:
+            rule = f"windows of data.seq_length={data.seq_length} tokens cannot share as many"
+            return [Problem("data.stride", str(data.stride), rule, f"data.stride={data.seq_length // 4}")]
+        return super().check()
 
     def columns(self) -> dict[str, str]:
         data = self.cfg.data
@@ -98,14 +111,15 @@ class QuestionAnswering(TextTask):
         asked = [len(ids) for ids in self.tokenizer(questions, verbose=False)["input_ids"]]
         half = limit // 2
         for row, length in zip(rows, asked, strict=True):
-            if length > half:
-                rule = f"the question alone has {length} tokens, more than half of data.seq_length={limit}"
-                problems.add(Problem(row.where, "", rule, f"data.seq_length={-(-2 * length // 8) * 8}"))
-        if max(asked) > half:
+            if length > half or limit - length <= AROUND:
+                rule = f"the question alone has {length} tokens, too many for data.seq_length={limit}"
+                nearest = f"data.seq_length={-(-max(2 * length, length + 2 * AROUND) // 8) * 8}"
+                problems.add(Problem(row.where, "", rule, nearest))
+        if max(asked) > half or limit - max(asked) <= AROUND:
             return [[] for _ in rows]
         alike: dict[int, list[int]] = {}  # a long question leaves less room for windows that overlap
         for number, length in enumerate(asked):
-            alike.setdefault(min(self.cfg.data.stride, limit - length - 8), []).append(number)
+            alike.setdefault(min(self.cfg.data.stride, limit - length - AROUND), []).append(number)
         examples: list[list[Example]] = [[] for _ in rows]
         for stride, numbers in alike.items():
             found = self.tokenizer(
@@ -139,6 +153,12 @@ class QuestionAnswering(TextTask):
             "input_ids": ids, "token_type_ids": np.array(kinds, np.int8), "labels": np.array(label, np.int32),
             "spans": spans.astype(np.int32), **{name: _bytes(text) for name, text in texts.items()},
         }  # fmt: skip
+
+    def set_heads(self, config: PretrainedConfig) -> None:
+        super().set_heads(config)
+        if self.finished and hasattr(config, NONE_IS_AN_ANSWER):
+            self._may_be_none = bool(getattr(config, NONE_IS_AN_ANSWER))  # the model's, whatever rows are beside it
+        setattr(config, NONE_IS_AN_ANSWER, self._may_be_none)
 
     def hf_class(self) -> Any:
         from transformers import AutoModelForQuestionAnswering

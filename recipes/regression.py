@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 KINDS = {"line": "recipes.data.numbers:LineSource", **RECORDS}
 METRICS = {"loss": "min", "mse": "min", "r2": "max"}
 KEYS = ("text", "features", "label")
+LARGEST_TARGET = 1e18
+SAMPLE = 512
+"""Rows that are looked at for the size of their numbers."""
 
 
 class _Numbers(Supervised):
@@ -48,9 +52,26 @@ class _Numbers(Supervised):
                 number = read_number(content[name], where, columns[name])
                 if isinstance(number, Problem):
                     problems.append(number)
+                elif name == "label" and abs(number) > LARGEST_TARGET:
+                    rule = f"column '{columns[name]}' must be at most {LARGEST_TARGET:g}: it is squared in float32"
+                    problems.append(Problem(where, f"{number:g}", rule, "numbers in a larger unit"))
                 else:
                     content[name] = number
         return problems
+
+    def said(self) -> str | None:
+        """Also columns that no learning rate of a recipe fits: nothing is scaled here unasked."""
+        rows = [self.train.row(number) for number in range(min(len(self.train), SAMPLE))]
+        columns = {"label": [row["target"][0] for row in rows]}
+        for place, name in enumerate(self.cfg.data.features):
+            columns[name] = [row["features"][place] for row in rows]
+        notes = []
+        for name, numbers in columns.items():
+            middle, spread = float(np.mean(numbers, dtype=np.float64)), float(np.std(numbers, dtype=np.float64))
+            if spread > 100 or abs(middle) > 100 * max(spread, 1):
+                notes.append(f"{name} is {middle:.3g} ± {spread:.2g}")
+        scaled = f"; {', '.join(notes)}: numbers near 0 ± 1 are learned much faster, scale them" if notes else ""
+        return f"{super().said()}{scaled}"
 
     def is_empty(self, content: dict[str, Any]) -> bool:
         return "text" in content and not content["text"].strip()
@@ -85,10 +106,19 @@ class _Numbers(Supervised):
 
 
 class NumberRegression(_Numbers):
-    """From columns of numbers; by default with one linear layer."""
+    """From columns of numbers; by default with one linear layer. Their names stay with the model."""
 
     UNUSED = (*Supervised.UNUSED, *NO_TEXT, "data.text")
     ARRAYS = {"features": "float32", "target": "float32"}  # noqa: RUF012 - never changed
+
+    def check(self) -> list[Problem]:
+        features, label = self.cfg.data.features, self.cfg.data.label or "label"
+        for name in dict.fromkeys(features):
+            if name == label or features.count(name) > 1:
+                rule = f"'{name}' is the label" if name == label else f"'{name}' stands there twice"
+                rest = ",".join(one for one in dict.fromkeys(features) if one != label)
+                return [Problem("data.features", f"[{','.join(features)}]", rule, f"data.features=[{rest}]")]
+        return super().check()
 
     def columns(self) -> dict[str, str]:
         data = self.cfg.data
@@ -110,7 +140,21 @@ class NumberRegression(_Numbers):
         if self._folder and wants not in (None, has):
             rule = f"the model takes {wants} features, a row has {has}"
             return [Problem("data.features", ",".join(self.cfg.data.features), rule, "the columns it was trained on")]
+        given, known = self.cfg.data.features, self._of_model()
+        if known and given != known and sorted(given) == sorted(known):
+            rule = f"the model takes them in another order: {', '.join(known)}"
+            return [Problem("data.features", f"[{','.join(given)}]", rule, f"data.features=[{','.join(known)}]")]
         return super().check_model()
+
+    def _of_model(self) -> list[str]:
+        """The names of a saved model's features in its order; empty where it has none."""
+        file = self._folder / "config.json" if self._folder else None
+        return json.loads(file.read_text()).get("features", []) if file and file.is_file() else []
+
+    def set_heads(self, config: PretrainedConfig) -> None:
+        super().set_heads(config)
+        if self.cfg.data.features:
+            config.features = self.cfg.data.features  # type: ignore[attr-defined]
 
     def model_config(self) -> PretrainedConfig:
         import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,6 +19,11 @@ from recipes.text import TextTask
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
+
+
+ONE: Final = "single_label_classification"
+MANY: Final = "multi_label_classification"
+"""`problem_type` of transformers."""
 
 
 class SequenceClassification(TextTask):
@@ -40,8 +46,12 @@ class SequenceClassification(TextTask):
             if isinstance(label, bool) or not isinstance(label, str | int) or wrong_text(str(label)):
                 wanted = "a list of names or whole numbers" if self.cfg.data.multi_label else "a name or a whole number"
                 rule = f"column '{columns['label']}' must be {wanted}"
-                problems.append(Problem(where, repr(label), rule))
+                nearest = "" if not isinstance(label, list) else "data.multi_label=true"
+                problems.append(Problem(where, repr(label), rule, nearest))
                 break
+        if not problems and self._many(content["label"]) and len(set(content["label"])) < len(content["label"]):
+            rule = f"column '{columns['label']}' has a class twice; it must list the classes of the row, each once"
+            problems.append(Problem(where, str(content["label"])[:60], rule, '["a", "c"], or [0, 2]'))
         return problems
 
     def check_evaluation(self) -> list[Problem]:
@@ -57,6 +67,15 @@ class SequenceClassification(TextTask):
     def is_empty(self, content: dict[str, Any]) -> bool:
         without = content["label"] == "" and not self.cfg.data.multi_label  # of many classes a row may have none
         return without or not content["text"].strip()
+
+    def check_model(self) -> list[Problem]:
+        many = self.cfg.data.multi_label
+        if self._folder and self.finished:
+            known = json.loads((self._folder / "config.json").read_text()).get("problem_type")
+            if known in (ONE, MANY) and known != (MANY if many else ONE):
+                rule = f"the model was trained with problem_type={known}"
+                return [Problem("data.multi_label", shown(many), rule, f"data.multi_label={shown(not many)}")]
+        return super().check_model()
 
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         label = content["label"]
@@ -92,7 +111,7 @@ class SequenceClassification(TextTask):
     def set_heads(self, config: PretrainedConfig) -> None:
         super().set_heads(config)
         many = self.cfg.data.multi_label
-        config.problem_type = "multi_label_classification" if many else "single_label_classification"
+        config.problem_type = MANY if many else ONE
 
     def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         width = len(self.labels) if self.cfg.data.multi_label else 1

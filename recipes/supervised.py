@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,6 +47,8 @@ COLUMNS = (
 )  # fmt: skip
 """Keys of `data` that name the columns of records, or say where the other half of the rows is."""
 OTHER_HALF = ("target_path", "eval_target_path")
+APART = ("eval_path", "eval_split", "eval_target_path")
+"""And those of rows that are held out instead of a share of the others."""
 READ_BY = {"conll": ("tokens", "label"), "lines": OTHER_HALF, "idx": OTHER_HALF}
 """Kind of data → those of them that it reads, where it does not read records."""
 NO_TEXT = ("data.seq_length", "data.overlong", "data.bucketing", "data.vocab_size", "model.tokenizer")
@@ -142,11 +144,11 @@ class Supervised(Recipe):
                 rule = f"{cfg.task} does not use it"
                 yield Problem(key, shown(getattr(section, name)), rule, f"{key}={_default(section, name)}")
 
-    def source(self) -> Source:
-        """Where the rows come from."""
+    def source(self, data: DataConfig | None = None) -> Source:
+        """Where the rows come from; data: instead of the configuration's."""
         module, _, name = self.KINDS[self.cfg.data.kind].partition(":")
         kind = getattr(import_module(module), name)
-        data = self.cfg.data
+        data = data or self.cfg.data
         wanted = Fields(
             {name: column for name, column in self.columns().items() if column}, self.check_values, self.is_empty
         )
@@ -164,7 +166,11 @@ class Supervised(Recipe):
         source = self.source()
         settings = {name: value for name, value in asdict(data).items() if name not in ("cache_dir", "bucketing")}
         try:
-            fingerprint = key_of(FORMAT, cfg.task, settings, source.fingerprint())
+            content = source.fingerprint()
+            fingerprint = key_of(FORMAT, cfg.task, settings, content)
+            apart = any(getattr(data, name) for name in APART)
+            alone = replace(data, eval_path=None, eval_split=None, eval_target_path=None)
+            of_training = self.source(alone).fingerprint() if apart else content
             self.labels, self._counts = self._find_labels(root, source, fingerprint)
             depends = self.ready(root, source, fingerprint, report)
             name = f"examples-{key_of(fingerprint, self.labels, depends)}"
@@ -174,6 +180,7 @@ class Supervised(Recipe):
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
             ) from error
         self.report = {"fingerprint": store.folder.name, "source": source.name, **store.facts, "labels": self._counts}
+        self.report["rows"] = key_of(of_training)
         for split in ("train", "held_out"):
             if not store.facts[split]:
                 rule = f"the {split.replace('_', '-')} split has no rows"
@@ -225,6 +232,11 @@ class Supervised(Recipe):
         names = class_names(self._folder) if self._folder is not None else None
         if self.finished:
             given = order_of_classes(given, names, counts)
+        elif (
+            given and names and (order := in_order(names, given)) and order != given and sorted(order) == sorted(given)
+        ):
+            rule = f"the head of {self.cfg.model.path} has them in another order"
+            raise RequestError(Problem("data.labels", f"[{','.join(given)}]", rule, f"data.labels=[{','.join(order)}]"))
         given = given or (in_order(names, counts) if names else None)
         if len(given or counts) == 1 and not self.cfg.data.multi_label and not self.finished:
             rule = f"all training rows are of one class ('{next(iter(counts))}'): there is nothing to tell apart"
@@ -243,7 +255,7 @@ class Supervised(Recipe):
 
     def named(self, label: Any) -> str:
         """The name of a class that a row gives by its name or, where `data.labels` names them, by its number."""
-        name, given = str(label), self.cfg.data.labels
+        name, given = str(label).strip(), self.cfg.data.labels
         numbered = given and not any(one.isdecimal() for one in given)
         if given and numbered and name not in given and name.isascii() and name.isdecimal() and int(name) < len(given):
             return given[int(name)]

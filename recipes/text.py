@@ -147,9 +147,12 @@ class TextTask(Supervised):
                 wider[name] = np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
         return wider
 
+    def padded(self, longest: int) -> int:
+        """Tokens of the rows of a micro-batch; no more than the model may have positions for."""
+        return min(round_up(longest), max(longest, self.row_length()))
+
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
-        longest = max((len(row["input_ids"]) for row in rows), default=1)
-        width = min(round_up(longest), max(longest, self.row_length()))
+        width = self.padded(max((len(row["input_ids"]) for row in rows), default=1))
         batch: dict[str, np.ndarray] = {}
         names = ["input_ids", *self.PADDED]
         if "token_type_ids" in self.tokenizer.model_input_names:

@@ -83,6 +83,10 @@ class TokenClassification(TextTask):
                 ],
                 np.int32,
             )
+            if not row.held_out and not (first >= 0).any():
+                meter.skip("rows whose first token is cut off")
+                examples.append([])
+                continue
             ids = np.array(found["input_ids"][number], np.int32)
             examples.append(
                 [
@@ -126,6 +130,8 @@ class TokenClassification(TextTask):
 
     @property
     def _usual(self) -> int:
+        if "O" in self.labels:
+            return self.labels.index("O")
         return max(range(len(self.labels)), key=lambda number: self._counts.get(self.labels[number], 0))
 
     def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:

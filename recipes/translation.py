@@ -13,7 +13,6 @@ import numpy as np
 from conf.errors import Problem, RequestError
 from recipes.base import Prediction, Progress
 from recipes.data.examples import Example, Examples
-from recipes.data.packing import round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.supervised import IGNORE, RECORDS
@@ -274,7 +273,7 @@ class EncoderDecoder(Form):
         return int(self.task.model_config().decoder_start_token_id)
 
     def collate(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
-        width = round_up(max((len(row["labels"]) for row in rows), default=1))
+        width = self.task.padded(max((len(row["labels"]) for row in rows), default=1))
         labels = np.full((size, width), IGNORE, np.int64)
         given = np.full((size, width), self.task.pads, np.int64)
         given[:, 0] = self._start

@@ -100,7 +100,7 @@ def _write_model(
 def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> None:
     """Copy an exported model to `folder` in another dtype (None: as it is) or with other shards, tensor by tensor.
 
-    Raises RequestError when `source` holds no model.
+    Raises RequestError when `source` holds no model, or values that `dtype` cannot hold.
     """
     files = sorted(source.glob("*.safetensors"))
     if not files or not (source / "config.json").exists():
@@ -120,7 +120,14 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
         for name, file in where.items():
             with safe_open(file, framework="pt") as tensors:
                 value = tensors.get_tensor(name)
-            yield name, value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            yield name, cast(name, value) if dtype is not None and value.is_floating_point() else value
+
+    def cast(name: str, value: torch.Tensor) -> torch.Tensor:
+        largest = value.abs().max().item() if value.numel() else 0.0
+        if dtype is not None and largest > torch.finfo(dtype).max:
+            rule = f"{name} has values up to {largest:.3g}, more than it can hold"
+            raise RequestError(Problem("dtype", str(dtype).removeprefix("torch."), rule, "dtype=bf16"))
+        return value.to(dtype)
 
     def describe(scratch: Path) -> None:
         for file in source.iterdir():

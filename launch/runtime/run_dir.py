@@ -27,24 +27,22 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self._lock = FileLock(self.path / ".lock")
 
-    def create(self, overwrite: bool) -> None:
-        """Make the folder and show that it can be written; replace an old run where asked.
-
-        All that a run writes is deleted then, and nothing else. Raises RequestError (run_dir) when the folder is
-        read-only, full, or cannot be made; nothing is deleted before it is known to be writable.
-        """
+    def create(self) -> None:
+        """Make the folder and show that it can be written. Raises RequestError (run_dir) where it cannot."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             _write_probe(self.logs / f".probe.{os.getpid()}")  # one per rank: all of them try, at the same time
         except OSError as error:
             rule = f"cannot be written: {error.strerror}"
             raise RequestError(Problem("run_dir", str(self.path), rule, "run_dir=FOLDER on a writable disk")) from None
-        if overwrite:
-            for name in RUN_FILES:
-                (self.path / name).unlink(missing_ok=True)
-            for name in RUN_FOLDERS:
-                if name != "logs":
-                    shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Delete all that an earlier run wrote but its logs, and nothing else. Only for who has claimed the folder."""
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in RUN_FOLDERS:
+            if name != "logs":
+                shutil.rmtree(self.path / name, ignore_errors=True)
 
     def claim(self, ranks: int) -> None:
         """Keep this folder for this process, until it ends, and remove logs of ranks that this run does not have.

@@ -97,7 +97,7 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     with wishes.heard():
         recipe = prepare(request, terminal)
         steps = optimizer_steps(cfg, len(recipe.train))
-        run_dir.create(cfg.overwrite and ranks.first and cfg.resume is None)
+        run_dir.create()
         if ranks.first:
             run_dir.claim(layout.world)
         terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
@@ -141,17 +141,20 @@ def _train(
     if first:
         saving.sweep()
     found = _resumed(request, run_dir, data, terminal)
-    if first:
-        run_dir.write_text("config.yaml", to_yaml(cfg))
-        run_dir.write_json("ds_config.json", engine_config)
     engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
     fingerprint.compare({"parameters": fingerprint.parameters(engine)}, "model")
     progress = loop.Progress()
     if found is not None:
         progress = restored(engine, found, layout)
-        _look_again(progress, found, cfg, run_dir, steps)
+        stale = first and progress.best is not None and _kept(run_dir.metrics, cfg, recipe) != progress.kept_at
+        _look_again(progress, found, cfg, run_dir, steps, engine.any_of(stale)[0])
         if found.folder.parent.resolve() == run_dir.checkpoints.resolve():
             saving.last = found.step
+    if first:  # nothing is refused from here on: an earlier run may go
+        if cfg.overwrite and cfg.resume is None:
+            run_dir.clear()
+        run_dir.write_text("config.yaml", to_yaml(cfg))
+        run_dir.write_json("ds_config.json", engine_config)
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
     metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, progress.step, terminal.say) if first else None
     bar = Bar(terminal, "training", steps)
@@ -206,7 +209,10 @@ def _train(
                 outcome = run_on()
                 break
             except loop.RewindError as error:
+                kept_at = progress.kept_at
                 progress = _rewound(request, run_dir, engine, saving, found, [*progress.passed_over, error.batch])
+                if progress.kept_at != kept_at:
+                    _forget(progress)  # the model that is kept is of a step that was undone
                 terminal.say(f"back after step {progress.step}, and on without samples of a bad step")
                 if metrics is not None:
                     metrics.cut(progress.rows, progress.step)
@@ -233,6 +239,7 @@ def _train(
         "held_out": outcome.last,
         "kept_at_step": outcome.kept_at,
         "model": str(run_dir.model),
+        "rows": recipe.report.get("rows"),
     }
     if first:
         loss_png = plot_loss(run_dir.path)
@@ -242,20 +249,38 @@ def _train(
     return summary
 
 
-def _look_again(progress: Progress, found: Checkpoint, cfg: Config, run_dir: RunDir, steps: int) -> None:
-    """Forget the evaluations of a resumed run where this one judges by another metric, or has no model of theirs.
+def _kept(metrics: Path, cfg: Config, recipe: Recipe) -> int | None:
+    """The step whose model a run has kept, by the evaluations that it has written down."""
+    name = cfg.eval.metric
+    if name is None or not metrics.is_file():
+        return None
+    whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = [row for row in map(json.loads, whole) if "split" in row and name in row]
+    sign = 1 if recipe.METRICS[name] == "max" else -1
+    return int(max(rows, key=lambda row: sign * row[name])["step"]) if rows else None
 
-    Raises RequestError where this run is shorter than what was done.
+
+def _look_again(progress: Progress, found: Checkpoint, cfg: Config, run_dir: RunDir, steps: int, stale: bool) -> None:
+    """Forget the evaluations of a resumed run where this one judges otherwise, or has no model of theirs.
+
+    stale: the model that is kept is not the checkpoint's best. Raises RequestError where this run is shorter than what
+    was done.
     """
     if progress.step > steps:
         rule = f"the checkpoint is of step {progress.step}"
         nearest = f"train.steps={progress.step}, or resume=PATH of an earlier one"
         raise RequestError(Problem("train.steps", str(steps), rule, nearest))
-    other_metric = found.manifest["config"]["eval"]["metric"] != cfg.eval.metric
+    judged = found.manifest["config"]["eval"]
+    otherwise = any(judged.get(key) != getattr(cfg.eval, key) for key in ("metric", "beams", "new_tokens"))
     elsewhere = found.folder.parent.resolve() != run_dir.checkpoints.resolve()
-    if other_metric or elsewhere or (progress.step == steps and not run_dir.model.is_dir()):
-        progress.best, progress.value, progress.waiting = None, None, 0
+    if stale or otherwise or elsewhere or (progress.step == steps and not run_dir.model.is_dir()):
+        _forget(progress)
         progress.evaluated_at = min(progress.evaluated_at, 0)
+
+
+def _forget(progress: Progress) -> None:
+    """The next evaluation is the best again."""
+    progress.best, progress.value, progress.waiting = None, None, 0
 
 
 def _rewound(

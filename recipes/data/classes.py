@@ -53,7 +53,11 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
         return given
     if names and not nameless and (order := in_order(names, classes)):
         return order
-    if names and all(name.isascii() and name.isdecimal() and int(name) < size for name in classes):
+    if (
+        names
+        and not set(classes) & set(names)
+        and all(name.isascii() and name.isdecimal() and int(name) < size for name in classes)
+    ):
         return [str(number) for number in range(size)]  # rows that give the number of the output
     has = "does not name its classes" if nameless else f"has the classes {', '.join(names or ())}"
     rule = f"the model {has}, the rows have {', '.join(sorted(classes)[:12])}: which is which?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -73,8 +74,12 @@ def _shown(value: Any) -> str:
 
 
 def _nearest(value: Any) -> str:
-    """A decimal comma written as a point; empty when that is not the mistake."""
-    if not isinstance(value, str) or value.count(",") != 1:
+    """A decimal comma written as a point, thousands without commas; empty when that is not the mistake."""
+    if not isinstance(value, str) or not value.count(","):
+        return ""
+    if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+(\.\d*)?\s*", value):
+        return value.replace(",", "").strip()
+    if value.count(",") > 1:
         return ""
     try:
         return f"{float(value.replace(',', '.')):g}"

@@ -84,7 +84,7 @@ def test_a_run_directory_at_work_is_left_alone(tmp_path: Path) -> None:
 
 def test_logs_of_ranks_that_are_no_more_are_removed(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    run_dir.create(overwrite=False)
+    run_dir.create()
     for rank in range(4):
         (run_dir.logs / f"rank_{rank}.log").write_text("old")
     run_dir.claim(ranks=2)

@@ -81,7 +81,7 @@ class TestRunDir:
         for name in ("metrics.jsonl", "summary.json", "notes.txt", "model/config.json", "checkpoints_of_mine/a"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("x")
-        RunDir(tmp_path).create(overwrite=True)
+        RunDir(tmp_path).clear()
         left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
         assert left == {"notes.txt", "checkpoints_of_mine/a"}
 
@@ -96,7 +96,7 @@ class TestRunDir:
 
         monkeypatch.setattr("launch.runtime.run_dir.os.fsync", fail)
         with pytest.raises(RequestError, match=os.strerror(code)):
-            RunDir(tmp_path).create(overwrite=True)
+            RunDir(tmp_path).create()
         assert (tmp_path / "summary.json").exists() and not list(tmp_path.rglob(".probe*"))
 
     def test_small_files_are_whole_or_absent(self, tmp_path: Path) -> None:
