@@ -105,9 +105,6 @@ class QuestionAnswering(TextTask):
         questions = [row.content["question"].strip() for row in rows]
         contexts = [row.content["context"] for row in rows]
         limit = self.cfg.data.seq_length
-        if not self.tokenizer.num_special_tokens_to_add(pair=True):
-            end = self.tokenizer.eos_token or ""
-            questions = [f"{end}{question}{end}" for question in questions]
         asked = [len(ids) for ids in self.tokenizer(questions, verbose=False)["input_ids"]]
         half = limit // 2
         for row, length in zip(rows, asked, strict=True):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 3
+FORMAT = 4
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"

@@ -31,6 +31,8 @@ class TextTask(Supervised):
     """Arrays of one value per token besides the inputs, and what they are padded with."""
     ARRAYS = {"input_ids": "int32", "token_type_ids": "int8"}  # noqa: RUF012 - never changed
     LENGTHS: ClassVar[tuple[str, ...]] = ("input_ids",)
+    ENDS: ClassVar[bool] = True
+    """Whether a text needs a token at its ends that is none of its own."""
     TWO_SIDED: ClassVar[bool] = False
     """Whether encoder-decoders have this task."""
     tokenizer: PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ class TextTask(Supervised):
 
     def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
         from recipes.data.cache import trained_tokenizer
-        from recipes.data.tokenizer import load_tokenizer, tokenizer_digest
+        from recipes.data.tokenizer import add_ends, load_tokenizer, tokenizer_digest
 
         model, data = self.cfg.model, self.cfg.data
         if model.tokenizer:
@@ -62,6 +64,8 @@ class TextTask(Supervised):
             self.tokenizer = trained_tokenizer(root, [fingerprint], texts, size)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.ENDS:
+            add_ends(self.tokenizer)
         return [tokenizer_digest(self.tokenizer)]
 
     @property
@@ -73,19 +77,10 @@ class TextTask(Supervised):
 
         whole: not cut.
 
-        A tokenizer that adds none (one trained on the data, GPT-2's) gets the end-of-text token behind each text: a
-        decoder's answer is read from the last token, an encoder's from the first, and both want one that sums up.
         """
         options: Any = {"truncation": True, "max_length": self.cfg.data.seq_length} if not whole else {"verbose": False}
-        if self.tokenizer.num_special_tokens_to_add(pair=pairs is not None):
-            given = (list(texts), list(pairs)) if pairs is not None else (list(texts),)
-            return self.tokenizer(*given, **options)
-        end = self.tokenizer.eos_token or ""
-        joined = [
-            f"{end}{text}{end}{pairs[number]}{end}" if pairs is not None else f"{end}{text}{end}"
-            for number, text in enumerate(texts)
-        ]
-        return self.tokenizer(joined, **options)
+        given = (list(texts), list(pairs)) if pairs is not None else (list(texts),)
+        return self.tokenizer(*given, **options)
 
     def encoded(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[Example]:
         """`input_ids` and `token_type_ids` of the text of each row, and of its `pair` where rows have one."""

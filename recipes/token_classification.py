@@ -31,6 +31,7 @@ class TokenClassification(TextTask):
     ARRAYS = {**TextTask.ARRAYS, "labels": "int32", "tokens": "int32", "tags": "int32"}  # noqa: RUF012
     PADDED = {"labels": IGNORE, "tokens": -1}  # noqa: RUF012
     WINDOW = 1
+    ENDS = False
     METRICS = {  # noqa: RUF012
         "loss": "min", "f1": "max", "precision": "max", "recall": "max", "token_accuracy": "max", "macro_f1": "max",
     }  # fmt: skip

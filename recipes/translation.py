@@ -34,6 +34,7 @@ class Translation(TextTask):
     KEYS = ("source", "target", "target_path", "eval_target_path")
     UNUSED = ("data.packing", "eval.prompt")
     TWO_SIDED = True
+    ENDS = False
     ARRAYS = {"input_ids": "int32", "labels": "int32", "reference": "uint8"}  # noqa: RUF012
     LENGTHS = ("input_ids", "labels")
     METRICS = {"loss": "min", "bleu": "max", "chrf": "max"}  # noqa: RUF012

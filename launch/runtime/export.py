@@ -138,7 +138,11 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
             config["dtype"] = str(dtype).removeprefix("torch.")
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    _write(stream(), sizes, folder, describe, lambda held: held, True, shard_bytes)
+    try:
+        _write(stream(), sizes, folder, describe, lambda held: held, True, shard_bytes)
+    except BaseException:
+        shutil.rmtree(_scratch(folder), ignore_errors=True)
+        raise
 
 
 def _write(
@@ -152,7 +156,7 @@ def _write(
 ) -> None:
     """Write (name, tensor) pairs in the order and of the bytes of `sizes`; ranks other than the first only listen."""
     plan = _shards(sizes, shard_bytes)
-    scratch = folder.with_name(f".{folder.name}.tmp")
+    scratch = _scratch(folder)
     if first:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -181,6 +185,11 @@ def _write(
         describe(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
+
+
+def _scratch(folder: Path) -> Path:
+    """Where a model is written until it is whole."""
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def _umask() -> int:

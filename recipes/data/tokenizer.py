@@ -76,6 +76,25 @@ def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.to
         raise RequestError(Problem(key, path, f"no tokenizer could be loaded from it ({reason})", nearest)) from error
 
 
+def add_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer that adds no special tokens (one trained here, GPT-2's) put its end of text around each text.
+
+    A decoder's answer is read from the last token, an encoder's from the first, and both want one that sums up. It is
+    a part of the tokenizer, so that it is saved with the model, and that what is cut is never an end.
+    """
+    backend, end = getattr(tokenizer, "backend_tokenizer", None), tokenizer.eos_token
+    if backend is None or end is None or tokenizer.num_special_tokens_to_add():
+        return
+    from tokenizers import processors
+
+    stop = f"{end}:0"  # one segment, also of two texts: a model that was not made for pairs may have no other
+    ends = processors.TemplateProcessing(
+        single=[stop, "$A:0", stop], pair=[stop, "$A:0", stop, "$B:0", stop],
+        special_tokens=[(end, tokenizer.eos_token_id)],
+    )  # fmt: skip
+    backend.post_processor = processors.Sequence([backend.post_processor, ends]) if backend.post_processor else ends
+
+
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it works on bytes, as GPT-2's does: a word in a text begins with the space before it.
 

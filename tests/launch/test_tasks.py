@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, TRAIN, environment, launcher, rows, run
+from filelock import FileLock
 from safetensors.torch import load_file
 
 EVALUATE = ROOT / "launch" / "evaluate.py"
@@ -35,6 +36,12 @@ def test_regression_finds_the_slope(tmp_path: Path) -> None:
         for file in (tmp_path / "found.jsonl", tmp_path / "runs/line/predictions.jsonl")
     )
     assert len(found) == 20 and [row["label"] for row in found] == [row["label"] for row in written]
+    assert len(judged.stdout.splitlines()) == 1, "more than the metrics on standard output"
+    with FileLock(tmp_path / "runs/line/.lock"):  # another run is at work there
+        refusal = run(["python", TRAIN, "+recipe=line", "overwrite=true"], tmp_path, env)
+    assert refusal.returncode == 2 and "another run is at work" in refusal.stderr, refusal.stderr
+    refusal = run(["python", TRAIN, "+recipe=line", "overwrite=true", "task=token_classification"], tmp_path, env)
+    assert refusal.returncode == 2 and (tmp_path / "runs/line/model/config.json").is_file()
     (tmp_path / "runs/line").rename(tmp_path / "runs/lr=1's")
     for model, extra, says in (
         ("runs/none", (), "MODEL=runs/none"), ("runs/lr=1's", ("model.path=x",), "MODEL is what is evaluated"),

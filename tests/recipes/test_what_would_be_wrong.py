@@ -1,0 +1,201 @@
+"""What would train, and be wrong without a word: labels, numbers and ends of texts that are not what they seem."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_supervised import TEXTS, config, prepared, refused
+from transformers import AutoTokenizer
+
+from conf.errors import RequestError
+from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
+from launch.evaluate import _seen
+from launch.runtime.export import convert
+from launch.runtime.session import _kept
+from recipes import recipe_class
+from recipes.data.classes import order_of_classes
+from recipes.data.numbers import read_number
+
+TASK = "sequence_classification"
+
+
+def saved(recipe: Any, folder: Path) -> Path:
+    """The recipe's model without training."""
+    recipe.hf_class().from_config(recipe.model_config()).save_pretrained(folder)
+    recipe.save_processor(folder)
+    return folder
+
+
+def test_the_saved_tokenizer_reads_a_text_as_training_did(tmp_path: Path) -> None:
+    for task, pair in ((TASK, None), (TASK, "text"), ("token_classification", None)):
+        words = [{**row, "tokens": row["text"].split(), "tags": ["A", "B"]} for row in TEXTS]
+        recipe = prepared(config(tmp_path, task, words, pair=pair))
+        recipe.save_processor(tmp_path / "saved")
+        text = TEXTS[0]["text"]
+        again = AutoTokenizer.from_pretrained(tmp_path / "saved")(*[text] * (2 if pair else 1))
+        assert again["input_ids"] == recipe.held_out.row(0)["input_ids"].tolist()
+
+
+def test_of_two_texts_the_longer_one_is_cut(tmp_path: Path) -> None:
+    rows = [{"text": "long " * 40, "other": ["yes", "no"][n % 2], "label": n % 2} for n in range(16)]
+    recipe = prepared(config(tmp_path, TASK, rows, pair="other", seq_length=16))
+    ids = [recipe.held_out.row(0)["input_ids"], recipe.train.row(0)["input_ids"]]
+    assert all(len(row) == 16 and (row == recipe.tokenizer.eos_token_id).sum() == 3 for row in ids)
+    other = [recipe.tokenizer.decode(row[:-1]).rpartition("<|endoftext|>")[2] for row in ids]
+    assert set(other) <= {"yes", "no"}
+
+
+def test_classes_that_are_written_as_zeros_and_ones(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": [n % 2, 1, 0, 1]} for n in range(16)]
+    assert "has a class twice" in refused(config(tmp_path, TASK, rows, multi_label=True))
+    single = recipe_class(TASK)(config(tmp_path, TASK, rows))
+    with pytest.raises(RequestError, match=r"data\.multi_label=true"):
+        single.prepare()
+
+
+def test_spaces_around_a_class_are_not_its_name(tmp_path: Path) -> None:
+    rows = [{**row, "label": row["label"] + " " * (n % 3)} for n, row in enumerate(TEXTS)]
+    assert prepared(config(tmp_path, TASK, rows)).labels == ["neg", "pos"]
+
+
+def test_a_models_head_keeps_its_order(tmp_path: Path) -> None:
+    cfg = config(tmp_path, TASK, TEXTS)
+    cfg.model = ModelConfig(path=str(saved(prepared(cfg), tmp_path / "model")))
+    cfg.data.labels = ["pos", "neg"]
+    assert "in another order" in refused(cfg) and "data.labels=[neg,pos]" in refused(cfg)
+    cfg.data.labels, cfg.data.multi_label = ["neg", "pos"], True
+    recipe = recipe_class(TASK)(cfg)
+    recipe.finished = True
+    with pytest.raises(RequestError, match="problem_type=single_label_classification"):
+        recipe.prepare()
+    with pytest.raises(RequestError, match="which is which"):  # the model's "1" is its output 0
+        order_of_classes(None, ["1", "2", "3"], ["0", "1", "2"])
+
+
+def test_a_model_knows_whether_questions_may_have_no_answer(tmp_path: Path) -> None:
+    """Not the training rows that happen to be beside those that are judged."""
+    asked = {"question": "q", "context": "the cat sat", "answers": {"text": ["cat"], "answer_start": [4]}}
+    none = {**asked, "answers": {"text": [], "answer_start": []}}
+    cfg = config(tmp_path, "question_answering", [asked, none] * 8)
+    folder = saved(prepared(cfg), tmp_path / "model")
+    cfg = config(tmp_path, "question_answering", [asked] * 16)
+    cfg.model = ModelConfig(path=str(folder))
+    recipe = recipe_class(cfg.task)(cfg)
+    recipe.finished = True
+    recipe.prepare()
+    part = {"id": 0, "question": "q", "prediction": "cat", "label": [], "_score": 1.0, "_none": 2.0}
+    assert recipe.merged([part])[0]["prediction"] == ""
+
+
+def test_windows_that_cannot_be(tmp_path: Path) -> None:
+    rows = [{"question": "why so", "context": "a b c", "answers": {"text": ["b"], "answer_start": [2]}}] * 8
+    assert "question alone" in refused(config(tmp_path, "question_answering", rows, seq_length=11))
+    wide = config(tmp_path, "question_answering", rows, seq_length=32, stride=500)
+    assert [problem.key for problem in recipe_class(wide.task)(wide).check()] == ["data.stride"]
+
+
+def test_rows_without_a_token_to_learn(tmp_path: Path) -> None:
+    from recipes.data.rows import Meter, Problems, Row
+
+    rows = [{"tokens": ["alpha", "beta"], "tags": ["A", "B"]}] * 8
+    recipe = prepared(config(tmp_path, "token_classification", rows))
+    recipe.tokenizer.backend_tokenizer.encode_special_tokens = False
+    recipe.tokenizer = lambda tokens, **options: _Nothing(len(tokens))
+    meter = Meter()
+    both = [Row("x:1", held_out, {"tokens": ["alpha"], "tags": ["A"]}) for held_out in (False, True)]
+    assert [len(found) for found in recipe.encode(both, Problems(), meter)] == [0, 1]
+    assert meter.skipped == {"rows whose first token is cut off": 1}
+
+
+class _Nothing(dict[str, Any]):
+    """What a tokenizer makes of texts of which only special tokens are left."""
+
+    def __init__(self, size: int):
+        super().__init__(input_ids=[[0, 0]] * size)
+
+    def word_ids(self, number: int) -> list[None]:
+        return [None, None]
+
+
+def test_targets_stay_within_a_decoders_positions(tmp_path: Path) -> None:
+    rows = [{"source": "a b c", "target": "word " * 80} for _ in range(8)]
+    cfg = config(tmp_path, "translation", rows, seq_length=60)
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+    cfg.model = ModelConfig(type="bart", config={**size, "max_position_embeddings": 60})
+    cfg.eval.new_tokens = 8
+    recipe = prepared(cfg)
+    assert recipe.collate([recipe.train.row(0)], 1)["labels"].shape == (1, 60)
+
+
+def numbers(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Config:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(kind="jsonl", path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), **settings)
+    return Config(task="regression", model=ModelConfig(type="linear_regression"), data=data, batch=BatchConfig(4, 4, 1))
+
+
+def test_columns_of_numbers_that_cannot_be_meant(tmp_path: Path) -> None:
+    rows = [{"x": n, "y": n * n, "label": 1e5 * n} for n in range(16)]
+    for features, says in ((["x", "label"], "'label' is the label"), (["x", "x"], "stands there twice")):
+        cfg = numbers(tmp_path, rows, features=features)
+        assert [says in str(problem) for problem in recipe_class(cfg.task)(cfg).check()] == [True]
+    recipe = prepared(numbers(tmp_path, rows, features=["x", "y"]))
+    assert "label is" in recipe.said() and "scale them" in recipe.said() and "x is" not in recipe.said()
+    folder = saved(recipe, tmp_path / "model")
+    cfg = numbers(tmp_path, rows, features=["y", "x"])
+    cfg.model = ModelConfig(path=str(folder))
+    assert "data.features=[x,y]" in refused(cfg)
+    assert "squared in float32" in refused(numbers(tmp_path, [{"x": 1, "label": 1e24}] * 8, features=["x"]))
+    assert read_number("90,000", "f:1", "price").nearest == "90000"  # type: ignore[union-attr]
+
+
+def test_rows_that_a_run_was_trained_on(tmp_path: Path) -> None:
+    """By where they are, however it is written, and by what they are, wherever."""
+    run, file = tmp_path / "run", tmp_path / "rows.csv"
+    (run / "model").mkdir(parents=True)
+    trained = DataConfig(kind="csv", path=str(file), held_out=0.2)
+    (run / "config.yaml").write_text(json.dumps({"data": {**vars(trained)}}))
+    (run / "summary.json").write_text(json.dumps({"rows": "abc"}))
+
+    def key(rows: str, **changes: Any) -> str | None:
+        problem = _seen(run / "model", DataConfig(**{**vars(trained), **changes}), rows)
+        return problem and problem.rule
+
+    assert key("abc") is None and key("abc", held_out=0.1) is None and key("abc", eval_path="other.csv") is None
+    assert "held out 0.2" in str(key("abc", held_out=0.4))
+    assert "held out 0.2" in str(key("abc", held_out=0.4, path="elsewhere.csv"))
+    assert "held out 0.2" in str(key("abc", held_out=0.4, path=f"{tmp_path}/run/../rows.csv"))
+    assert "has changed" in str(key("other"))
+    assert key("other", path="elsewhere.csv", held_out=0.9) is None
+
+
+def test_the_step_whose_model_was_kept(tmp_path: Path) -> None:
+    cfg = config(tmp_path, TASK, TEXTS)
+    recipe, file = recipe_class(TASK)(cfg), tmp_path / "metrics.jsonl"
+    assert _kept(file, cfg, recipe) is None
+    rows = [{"step": step, "split": "held_out", "loss": loss, "accuracy": 1 - loss} for step, loss in
+            ((0, 0.9), (2, 0.5), (4, 0.5), (6, 0.7))]  # fmt: skip
+    lines = [json.dumps(row) for row in [*rows, {"step": 7, "loss": 0.1}]]
+    file.write_text("\n".join(lines) + '\n{"step": 8, "spl')
+    for metric, step in (("loss", 2), ("accuracy", 2), (None, None), ("mcc", None)):
+        cfg.eval.metric = metric
+        assert _kept(file, cfg, recipe) == step
+
+
+def test_half_precision_that_cannot_hold_the_weights(tmp_path: Path) -> None:
+    folder = saved(prepared(config(tmp_path, TASK, TEXTS)), tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] = torch.full_like(weights["classifier.bias"], 1e5)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RequestError, match=r"classifier\.bias has values up to 1e\+05"):
+        convert(folder, tmp_path / "half", torch.float16)
+    assert not list(tmp_path.glob("*half*"))
+    convert(folder, tmp_path / "brain", torch.bfloat16)
+    assert np.isfinite(load_file(tmp_path / "brain/model.safetensors")["classifier.bias"].float()).all()
