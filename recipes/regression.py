@@ -70,7 +70,7 @@ class _Numbers(Supervised):
             middle, spread = float(np.mean(numbers, dtype=np.float64)), float(np.std(numbers, dtype=np.float64))
             if spread > 100 or abs(middle) > 100 * max(spread, 1):
                 notes.append(f"{name} is {middle:.3g} ± {spread:.2g}")
-        scaled = f"; {', '.join(notes)}: numbers near 0 ± 1 are learned much faster, scale them" if notes else ""
+        scaled = f"; {', '.join(notes)}: numbers of 0 ± 1 are learned much faster, scale them" if notes else ""
         return f"{super().said()}{scaled}"
 
     def is_empty(self, content: dict[str, Any]) -> bool:
