@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 
+OF_ENTITIES = ("f1", "precision", "recall")
+OF_TAGS = ("macro_f1",)
+"""Metrics that only tags of entities have, and only other ones."""
+
+
 class TokenClassification(TextTask):
     """The first piece of each token carries its class; the other pieces are not supervised."""
 
@@ -103,6 +108,21 @@ class TokenClassification(TextTask):
         from transformers import AutoModelForTokenClassification
 
         return AutoModelForTokenClassification
+
+    def check_model(self) -> list[Problem]:
+        """Also whether the held-out tags give the metric that decides: before anything is built."""
+        from recipes.data.conll import is_entity_tag
+
+        metric, rows = self.cfg.eval.metric, range(len(self.held_out))
+        if metric in OF_ENTITIES + OF_TAGS:
+            tags = {self.labels[tag] for row in rows for tag in self.held_out.row(row)["tags"]}
+            other = next((tag for tag in sorted(tags) if not is_entity_tag(tag)), None)
+            if metric in OF_ENTITIES and other is not None:
+                rule = f"tags like '{other}' are no entities; with these data there are loss, token_accuracy, macro_f1"
+                return [Problem("eval.metric", str(metric), rule, "eval.metric=macro_f1")]
+            if metric in OF_TAGS and other is None:
+                return [Problem("eval.metric", str(metric), "these tags are of entities", "eval.metric=f1")]
+        return super().check_model()
 
     def count(self, batch: Mapping[str, np.ndarray]) -> tuple[int, int]:
         return int((batch["labels"] != IGNORE).sum()), self.real_tokens(batch)

@@ -92,6 +92,17 @@ def test_a_model_knows_whether_questions_may_have_no_answer(tmp_path: Path) -> N
     assert recipe.merged([part])[0]["prediction"] == ""
 
 
+@pytest.mark.parametrize(("tags", "metric", "nearest"), [("AB", "f1", "macro_f1"), (["O", "B-X"], "macro_f1", "f1")])
+def test_a_metric_that_tags_do_not_have(tmp_path: Path, tags: Any, metric: str, nearest: str) -> None:
+    """Known before anything is built, or an earlier run gives way to this one."""
+    rows = [{"tokens": ["alpha", "beta"], "tags": list(tags)}] * 8
+    cfg = config(tmp_path, "token_classification", rows)
+    cfg.eval.metric = metric
+    assert f"eval.metric={nearest}" in refused(cfg)
+    cfg.eval.metric = nearest
+    prepared(cfg)
+
+
 def test_windows_that_cannot_be(tmp_path: Path) -> None:
     rows = [{"question": "why so", "context": "a b c", "answers": {"text": ["b"], "answer_start": [2]}}] * 8
     assert "question alone" in refused(config(tmp_path, "question_answering", rows, seq_length=11))
