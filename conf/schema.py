@@ -130,7 +130,7 @@ class DataConfig(SourceConfig):
     stride: int = 64
     """Tokens that neighbouring windows of a long text share (question_answering)."""
     bucketing: bool = True
-    """Rows of similar length share a batch (all tasks but causal_lm)."""
+    """Rows of similar length share a batch (token_classification: a micro-batch; not causal_lm, which packs)."""
     seq_length: int = 512
     """Tokens per sequence."""
     packing: str = "documents"
