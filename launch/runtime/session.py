@@ -360,13 +360,13 @@ def _others(row: dict[str, Any]) -> str:
 
 
 def _closing(summary: dict[str, Any], loss_png: Path) -> str:
-    before, after = summary["held_out_before"], summary["held_out"]
+    before, after, kept = summary["held_out_before"], summary["held_out"], summary["kept_at_step"]
     lines = [
         "",
         f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{_others(after)}"
         f"   ({summary['tokens']:,} tokens in {summary['train_s']:.0f} s)",
         f"curve  {loss_png}",
-        f"model  {summary['model']}",
+        f"model  {summary['model']}" + (f"   (of step {kept}, the best)" if kept != summary["steps"] else ""),
     ]
     if summary["sample"] is not None:
         lines += ["", "the exported model continues:", *(f"  | {line}" for line in summary["sample"].splitlines())]
