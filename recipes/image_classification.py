@@ -72,7 +72,10 @@ class ImageClassification(Supervised):
         examples: list[list[Example]] = []
         for row in rows:
             label = self.number_of(self.named(row.content["label"]), row.where, problems)
-            pixels = self._processor.sized(row.content["image"])
+            image = row.content["image"]
+            if image.shape[-1] > self._processor.shape[0]:
+                meter.skip("images in colour read as grey (model.config.num_channels=3 keeps it)")
+            pixels = self._processor.sized(image)
             examples.append([{"pixels": pixels, "labels": np.array([IGNORE if label is None else label], np.int32)}])
         return examples
 
