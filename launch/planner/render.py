@@ -42,8 +42,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
     console.print(_memory_table(used))
     if not used["activations_known"]:
         console.print("activations: not counted, this family's forward pass cannot be traced without values")
-    if plan["bytes_sent_per_rank_and_step"]["total"]:
-        console.print(_sent_table(plan["bytes_sent_per_rank_and_step"]))
+    if any(name != "total" for name in plan["bytes_sent_per_rank_and_step"]):
+        console.print(_sent_table(plan["bytes_sent_per_rank_and_step"], used["activations_known"]))
     console.print("engine configuration (ds_config.json)")
     console.print(json.dumps(plan["engine"], indent=2), markup=False)
 
@@ -130,11 +130,15 @@ def _stages_table(stages: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _sent_table(sent: dict[str, int]) -> Table:
+def _sent_table(sent: dict[str, int], known: bool) -> Table:
+    """known: whether the sizes of activations are; what is sent of them has none otherwise."""
     table = Table("bytes sent per rank and step", "")
     table.columns[1].justify = "right"
+    lacking = not known and not all(sent.values())
     for name, size in sent.items():
         if name == "total":
             table.add_section()
-        table.add_row(name, human_bytes(size))
+            table.add_row(name, human_bytes(size) + (" + activations" if lacking else ""))
+        else:
+            table.add_row(name, human_bytes(size) if known or size else "?")
     return table
