@@ -81,8 +81,12 @@ def good_rows(
                 content[name] = value_of(record, column)
             except KeyError:
                 complete = False
+                outer, _, inner = column.partition(".")
                 near = did_you_mean(column, record)
                 rule = f"no column '{column}'; this row has: {', '.join(record) or 'none'}"
+                if inner and isinstance(below := record.get(outer), dict):
+                    near = f"{outer}.{found}" if (found := did_you_mean(inner, below)) else ""
+                    rule = f"no column '{column}'; '{outer}' of this row has: {', '.join(below) or 'none'}"
                 problems.add(Problem(where, "", rule, f"did you mean '{near}'?" if near else ""))
         if not complete:
             continue
@@ -92,7 +96,10 @@ def good_rows(
         if broken:
             continue
         if fields.is_empty(content):
-            meter.skip("empty rows")
+            blank = [
+                fields.columns[name] for name, value in content.items() if str(value).strip() in ("", "[]", "None")
+            ]
+            meter.skip(f"rows without '{blank[0]}'" if len(blank) == 1 < len(content) else "empty rows")
             continue
         yield number, content
 

@@ -20,6 +20,7 @@ from launch.runtime.session import _kept
 from recipes import recipe_class
 from recipes.data.classes import order_of_classes
 from recipes.data.numbers import read_number
+from recipes.data.rows import Meter, Problems, Row
 
 TASK = "sequence_classification"
 
@@ -61,6 +62,16 @@ def test_classes_that_are_written_as_zeros_and_ones(tmp_path: Path) -> None:
 def test_spaces_around_a_class_are_not_its_name(tmp_path: Path) -> None:
     rows = [{**row, "label": row["label"] + " " * (n % 3)} for n, row in enumerate(TEXTS)]
     assert prepared(config(tmp_path, TASK, rows)).labels == ["neg", "pos"]
+
+
+def test_rows_that_are_left_out_say_what_they_lack(tmp_path: Path) -> None:
+    rows = [*TEXTS, {"text": "a", "label": ""}, {"text": " ", "label": 0}, {"text": "", "label": ""}]
+    recipe = prepared(config(tmp_path, TASK, rows))
+    assert recipe.report["skipped"] == {"rows without 'label'": 1, "rows without 'text'": 1, "empty rows": 1}
+    inner = [{"translation": {"en": "a", "fr": "b"}}] * 7 + [{"translation": {"en": "a", "fra": "b"}}]
+    cfg = config(tmp_path, "translation", inner, source="translation.en", target="translation.fr")
+    with pytest.raises(RequestError, match=r"(?s)'translation' of this row has: en, fra.*translation\.fra"):
+        prepared(cfg)
 
 
 def test_a_models_head_keeps_its_order(tmp_path: Path) -> None:
@@ -111,8 +122,6 @@ def test_windows_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_token_to_learn(tmp_path: Path) -> None:
-    from recipes.data.rows import Meter, Problems, Row
-
     rows = [{"tokens": ["alpha", "beta"], "tags": ["A", "B"]}] * 8
     recipe = prepared(config(tmp_path, "token_classification", rows))
     recipe.tokenizer.backend_tokenizer.encode_special_tokens = False

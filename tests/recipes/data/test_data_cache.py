@@ -210,7 +210,7 @@ def test_mixture_of_rows_and_text(write, config, tokenizer):
     prepared = prepare(config(mixture=mixture), tokenizer, seed=0)
     first, second = prepared.report["sources"]
     assert (first["weight"], second["weight"]) == (3.0, 1.0) == tuple(prepared.weights)
-    assert first["skipped"] == {"empty rows": 1}
+    assert first["skipped"] == {"rows without 'a'": 1}
     assert first["train"]["without_supervision"] == 1 and first["train"]["truncated"] > 1
     counts = prepared.order().counts
     assert sum(counts) == sum(map(len, prepared.train)) and counts[0] == pytest.approx(3 * counts[1], abs=3)
