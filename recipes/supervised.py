@@ -73,6 +73,7 @@ class Supervised(Recipe):
     One where a row has as many targets as tokens: in a batch of short rows each of them would weigh more."""
     UNUSED: ClassVar[tuple[str, ...]] = ("data.packing", "train.fused_loss", "eval.prompt")
     """Keys that only other tasks use."""
+    held_out: Examples
     labels: list[str]
     """Names of the classes, in the order of their numbers; empty where there are none."""
 

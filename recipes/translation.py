@@ -105,6 +105,13 @@ class Translation(TextTask):
     def lengths(self, examples: Examples) -> list[np.ndarray]:
         return self.form.lengths(*super().lengths(examples))
 
+    def said(self) -> str | None:
+        """Also how many targets cannot be generated whole: their scores are of what there is."""
+        limit = self.cfg.eval.new_tokens
+        longer = int((self.held_out.lengths("labels") > limit).sum())
+        more = f"; {longer:,} held-out targets are longer than eval.new_tokens={limit}" if longer else ""
+        return f"{super().said()}{more}"
+
     # Model
 
     def hf_class(self) -> Any:

@@ -151,6 +151,7 @@ def test_targets_stay_within_a_decoders_positions(tmp_path: Path) -> None:
     cfg.eval.new_tokens = 8
     recipe = prepared(cfg)
     assert recipe.collate([recipe.train.row(0)], 1)["labels"].shape == (1, 60)
+    assert "3 held-out targets are longer than eval.new_tokens=8" in recipe.said()
 
 
 def numbers(tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Config:
