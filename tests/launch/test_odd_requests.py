@@ -74,7 +74,7 @@ def test_a_start_from_a_deleted_folder(tmp_path: Path) -> None:
 
 def test_a_run_directory_at_work_is_left_alone(tmp_path: Path) -> None:
     first, second = RunDir(tmp_path), RunDir(tmp_path)
-    first.create(overwrite=False)
+    first.create()
     first.claim(ranks=1)
     with pytest.raises(RequestError, match="another run is at work"):
         second.claim(ranks=1)

@@ -57,6 +57,30 @@ def test_regression_finds_the_slope(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_kept_model_is_the_one_that_is_reported_after_a_resume(tmp_path: Path) -> None:
+    """Resumed before the best evaluation, and worse from there: the model of a step that was undone is not kept."""
+    env, run_dir = environment(tmp_path), tmp_path / "runs/line"
+    command = [
+        "python", TRAIN, "+recipe=line", "train.epochs=null", "train.steps=8", "scheduler.warmup_steps=0",
+        "eval.every=2", "eval.metric=loss", "checkpoint.every=2", "checkpoint.keep=20", "optimizer.lr=0.01",
+    ]  # fmt: skip
+    done = run(command, tmp_path, env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "summary.json").read_text())["kept_at_step"] == 8
+    done = run([*command, "optimizer.lr=5", f"resume={run_dir}/checkpoints/step_00000002"], tmp_path, env)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["kept_at_step"] > 2
+    weights = load_file(run_dir / "model/model.safetensors")
+    weight, bias = weights["linear.weight"].item(), weights["linear.bias"].item()
+    found = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    for row in found:
+        assert row["prediction"] == pytest.approx(weight * row["label"] / 2 + bias, abs=1e-4)
+    mse = sum((row["prediction"] - row["label"]) ** 2 for row in found) / len(found)
+    assert summary["held_out"]["mse"] == pytest.approx(mse, rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
 def test_the_best_model_is_kept_and_training_stops(tmp_path: Path) -> None:
     """A learning rate of nothing: no evaluation is better than the first after training, which is kept."""
