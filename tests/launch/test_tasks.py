@@ -67,10 +67,10 @@ def test_the_kept_model_is_the_one_that_is_reported_after_a_resume(tmp_path: Pat
     done = run(command, tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "summary.json").read_text())["kept_at_step"] == 8
-    done = run([*command, "optimizer.lr=5", f"resume={run_dir}/checkpoints/step_00000002"], tmp_path, env)
+    done = run([*command, "optimizer.lr=50", f"resume={run_dir}/checkpoints/step_00000002"], tmp_path, env)
     assert done.returncode == 0, done.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["kept_at_step"] > 2
+    assert summary["kept_at_step"] == 2 and "(of step 2, the best)" in done.stdout
     weights = load_file(run_dir / "model/model.safetensors")
     weight, bias = weights["linear.weight"].item(), weights["linear.bias"].item()
     found = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
