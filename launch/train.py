@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from launch.runtime.request import read_request, run_command
 from launch.runtime.session import train
 
 COMMAND = "launch/train.py"
+OTHERS_FIRST_S = 5.0
+"""What a rank that only noticed another one's end leaves that one: launchers pass on the exit code of the first that
+they see, and look once a second."""
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +40,9 @@ def main(argv: list[str]) -> int:
             terminal.say(str(error))
             return EXIT_CODE if error.resumable else 1
         traceback.print_exc()
-        if not _caused_by_another_rank(error):
+        if _caused_by_another_rank(error):
+            time.sleep(OTHERS_FIRST_S)
+        else:
             terminal.error.write(
                 f"{terminal.tail()}error: rank {request.ranks.rank}: {type(error).__name__}: {error}\n"
             )
@@ -49,8 +55,13 @@ def main(argv: list[str]) -> int:
 
 
 def _caused_by_another_rank(error: Exception) -> bool:
-    """Whether this rank only noticed that another one is gone: that one's message is the one to read."""
-    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer"))
+    """Whether this rank only noticed that another one is gone: that one's message and exit code are the ones to see."""
+    # Torch 2.13: the first two and the last are gloo's, the others those of the store that ranks meet in.
+    signs = (
+        "connection closed by peer", "connection reset by peer", "connection was likely closed", "socket closed",
+        "writev",
+    )  # fmt: skip
+    return any(sign in str(error).lower() for sign in signs)
 
 
 if __name__ == "__main__":

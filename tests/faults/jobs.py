@@ -23,6 +23,7 @@ import psutil
 from commands import EXTENSIONS
 from ranks import _context
 
+from launch.runtime.interruption import EXIT_CODE as INTERRUPTED
 from launch.runtime.processes import free_port
 
 ARGUMENTS = (
@@ -33,6 +34,9 @@ ARGUMENTS = (
 WORLD = 2
 CALM_S = 30.0
 """What ranks have to end by themselves when their launcher died."""
+INTERPRETER_S = 1.0
+"""What an interpreter takes to end, which forked ranks do not: others may notice that a rank is gone before its
+launcher knows the exit code."""
 HANG, VANISH = -1, -2
 """In the place of a signal: the process does not go on; the run directory is deleted."""
 Act = Callable[[], None]
@@ -167,6 +171,8 @@ def _rank(
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
+        if code == INTERRUPTED and any(fault.who == rank for fault in faults):
+            time.sleep(INTERPRETER_S)
         os._exit(code)
 
 
