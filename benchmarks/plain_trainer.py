@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import collections
 import csv
+import gzip
 import itertools
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,40 @@ from datasets import Dataset
 from benchmarks.report import run
 from conf.compose import compose
 from conf.schema import Config
+from recipes.data.sources import held_out_row
 from recipes.models.build import package_folder, set_dropout
 
-Task = tuple[Any, Dataset, Dataset, Any, Any]
-"""Auto class with its options, training rows, held-out rows, collator, metrics of Trainer's predictions."""
+ACCURACY = "accuracy"
 
 
-def sequence_classification(cfg: Config, tokenizer: Any) -> Task:
+@dataclass
+class Task:
+    """auto: the Auto class; options: of the model's configuration. metrics: of Trainer's predictions.
+
+    trainer, arguments: another Trainer than the usual one, and what it is told besides.
+    """
+
+    auto: Any
+    options: dict[str, Any]
+    train: Dataset
+    held_out: Dataset
+    collator: Any
+    metrics: Callable[[Any], dict[str, float]]
+    trainer: type[transformers.Trainer] = transformers.Trainer
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def pretrained_folder(cfg: Config) -> str:
+    return package_folder(str(cfg.model.path)) or str(cfg.model.path)
+
+
+def accuracy(found: Any) -> dict[str, float]:
+    return {ACCURACY: float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+
+def sequence_classification(cfg: Config) -> Task:
     """As transformers' run_classification.py: a tab-separated file, accuracy."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained_folder(cfg))
 
     def rows(path: str) -> Dataset:
         with open(path, newline="") as file:
@@ -45,17 +74,16 @@ def sequence_classification(cfg: Config, tokenizer: Any) -> Task:
         ids = tokenizer([text for text, _ in pairs], truncation=True, max_length=cfg.data.seq_length)
         return Dataset.from_dict({**ids, "labels": [int(label) for _, label in pairs]})
 
-    def metrics(found: Any) -> dict[str, float]:
-        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
-
-    model = (transformers.AutoModelForSequenceClassification, {"num_labels": 2})
-    collator = transformers.DataCollatorWithPadding(tokenizer)
-    return model, rows(str(cfg.data.path)), rows(str(cfg.data.eval_path)), collator, metrics
+    auto, collator = transformers.AutoModelForSequenceClassification, transformers.DataCollatorWithPadding(tokenizer)
+    train, held_out = rows(str(cfg.data.path)), rows(str(cfg.data.eval_path))
+    return Task(auto, {"num_labels": 2}, train, held_out, collator, accuracy)
 
 
-def token_classification(cfg: Config, tokenizer: Any) -> Task:
+def token_classification(cfg: Config) -> Task:
     """As transformers' run_ner.py: words and tags, the first piece of a word is labelled, seqeval's F1."""
     from seqeval.metrics import f1_score
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained_folder(cfg))
 
     def read(path: str) -> list[tuple[list[str], list[str]]]:
         lines = (line.split("\t") for line in Path(path).read_text().split("\n"))
@@ -87,12 +115,16 @@ def token_classification(cfg: Config, tokenizer: Any) -> Task:
         )
         return {"f1": float(f1_score(right, told))}
 
-    model = (transformers.AutoModelForTokenClassification, {"num_labels": len(names)})
-    return model, rows(train), rows(held_out), transformers.DataCollatorForTokenClassification(tokenizer), metrics
+    auto, collator = (
+        transformers.AutoModelForTokenClassification,
+        transformers.DataCollatorForTokenClassification(tokenizer),
+    )
+    return Task(auto, {"num_labels": len(names)}, rows(train), rows(held_out), collator, metrics)
 
 
-def question_answering(cfg: Config, tokenizer: Any) -> Task:
+def question_answering(cfg: Config) -> Task:
     """As transformers' run_qa.py: overlapping windows, the best of 20 × 20 starts and ends, SQuAD's F1."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained_folder(cfg))
     articles = json.loads(Path(str(cfg.data.path)).read_text())["data"]
     cut = len(articles) - round(cfg.data.held_out * len(articles))
 
@@ -148,36 +180,116 @@ def question_answering(cfg: Config, tokenizer: Any) -> Task:
         ]
         return {"f1": float(squad(told, right)["f1"]) / 100}
 
-    model = (transformers.AutoModelForQuestionAnswering, {})
-    rows, _ = windows(examples(articles[:cut]))
-    return model, rows, held_out_windows, transformers.DataCollatorWithPadding(tokenizer), metrics
+    train, collator = windows(examples(articles[:cut]))[0], transformers.DataCollatorWithPadding(tokenizer)
+    return Task(transformers.AutoModelForQuestionAnswering, {}, train, held_out_windows, collator, metrics)
+
+
+def translation(cfg: Config) -> Task:
+    """As transformers' run_translation.py: Seq2SeqTrainer, generation, sacrebleu; a tokenizer trained on the texts."""
+    import sacrebleu
+    from tokenizers import ByteLevelBPETokenizer
+
+    def read(*paths: str | None) -> tuple[list[str], ...]:
+        return tuple(gzip.open(str(path), "rt").read().splitlines() for path in paths)
+
+    sources, targets = read(cfg.data.path, cfg.data.target_path)
+    asked, right = read(cfg.data.eval_path, cfg.data.eval_target_path)
+    bytes_ = ByteLevelBPETokenizer()
+    bytes_.train_from_iterator([*sources, *targets], cfg.data.vocab_size, special_tokens=["<s>", "</s>", "<pad>"],
+                               show_progress=False)  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    pad, start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "<s>", "</s>"))
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return [[*one[: cfg.data.seq_length - 1], end] for one in tokenizer(texts)["input_ids"]]
+
+    def rows(sources: list[str], targets: list[str]) -> Dataset:
+        return Dataset.from_dict({"input_ids": ids(sources), "labels": ids(targets)})
+
+    def metrics(found: Any) -> dict[str, float]:
+        told = np.where(found.predictions < 0, pad, found.predictions)
+        texts = [text.strip() for text in tokenizer.batch_decode(told, skip_special_tokens=True)]
+        return {"bleu": float(sacrebleu.corpus_bleu(texts, [right]).score)}
+
+    options = {"vocab_size": len(tokenizer), "pad_token_id": pad, "bos_token_id": start, "eos_token_id": end,
+               "decoder_start_token_id": end, "forced_eos_token_id": None}  # fmt: skip
+    making = transformers.GenerationConfig(
+        max_new_tokens=cfg.eval.new_tokens, num_beams=cfg.eval.beams, pad_token_id=pad, eos_token_id=end,
+        decoder_start_token_id=end,
+    )  # fmt: skip
+    more = {"predict_with_generate": True, "generation_config": making}
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer)
+    train, held_out = rows(sources, targets), rows(asked, right)
+    auto = transformers.AutoModelForSeq2SeqLM
+    return Task(auto, options, train, held_out, collator, metrics, transformers.Seq2SeqTrainer, more)
+
+
+def split(cfg: Config, columns: dict[str, np.ndarray]) -> tuple[Dataset, Dataset]:
+    """Rows in two parts, those that are held out as by ours: which these are is part of the task."""
+    whole = Dataset.from_dict(columns).with_format("torch")
+    aside = [held_out_row(number, cfg.data.held_out) for number in range(len(whole))]
+    return tuple(whole.select([n for n, out in enumerate(aside) if out == wanted]) for wanted in (False, True))  # type: ignore[return-value]
+
+
+def image_classification(cfg: Config) -> Task:
+    """As transformers' run_image_classification.py, on scikit-learn's digits."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images[:, None].astype(np.float32) / 16 - 0.5) / 0.5
+    train, held_out = split(cfg, {"pixel_values": pixels, "labels": digits.target})
+    auto = transformers.AutoModelForImageClassification
+    return Task(auto, {"num_labels": 10}, train, held_out, transformers.default_data_collator, accuracy)
+
+
+def regression(cfg: Config) -> Task:
+    """A straight line through 200 points. R² by hand."""
+    import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
+
+    places = np.linspace(-1, 1, 200, dtype=np.float32)
+    train, held_out = split(cfg, {"features": places[:, None], "labels": 2 * places})
+
+    def metrics(found: Any) -> dict[str, float]:
+        told, right = np.ravel(found.predictions), found.label_ids
+        return {"r2": float(1 - ((told - right) ** 2).sum() / ((right - right.mean()) ** 2).sum())}
+
+    auto = transformers.AutoModelForSequenceClassification
+    return Task(auto, {}, train, held_out, transformers.default_data_collator, metrics)
 
 
 TASKS = {
     "sequence_classification": sequence_classification, "token_classification": token_classification,
-    "question_answering": question_answering,
+    "question_answering": question_answering, "translation": translation,
+    "image_classification": image_classification, "regression": regression,
 }  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     recipe, *overrides = argv
     cfg = compose([f"+recipe={recipe}", *overrides], 1)
-    folder = package_folder(str(cfg.model.path)) or str(cfg.model.path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    (auto, options), train, held_out, collator, metrics = TASKS[cfg.task](cfg, tokenizer)
+    task = TASKS[cfg.task](cfg)
     transformers.set_seed(cfg.seed)
     optimizer = cfg.optimizer
-    arguments = transformers.TrainingArguments(
+    seq2seq = task.trainer is not transformers.Trainer
+    arguments = (transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments)(
         output_dir=tempfile.mkdtemp(), seed=cfg.seed, num_train_epochs=float(cfg.train.epochs or 0),
+        max_steps=cfg.train.steps or -1,
         per_device_train_batch_size=cfg.batch.global_size, per_device_eval_batch_size=cfg.eval.micro_size or 8,
         learning_rate=optimizer.lr, weight_decay=optimizer.weight_decay, adam_beta1=optimizer.betas[0],
         adam_beta2=optimizer.betas[1], adam_epsilon=optimizer.eps, max_grad_norm=optimizer.gradient_clipping,
-        lr_scheduler_type="linear", warmup_steps=cfg.scheduler.warmup_steps, use_cpu=True, report_to="none",
-        logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+        lr_scheduler_type=cfg.scheduler.name, warmup_steps=cfg.scheduler.warmup_steps, use_cpu=True, report_to="none",
+        logging_strategy="no", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **task.arguments,
     )  # fmt: skip
-    config = set_dropout(transformers.AutoConfig.from_pretrained(folder, **options), cfg.model.dropout)
-    model = auto.from_pretrained(folder, config=config)
-    loop = transformers.Trainer(model, arguments, collator, train, held_out, compute_metrics=metrics)
+    if cfg.model.path:
+        folder = pretrained_folder(cfg)
+        config = set_dropout(transformers.AutoConfig.from_pretrained(folder, **task.options), cfg.model.dropout)
+        model = task.auto.from_pretrained(folder, config=config)
+    else:
+        config = transformers.AutoConfig.for_model(cfg.model.type, **{**cfg.model.config, **task.options})
+        model = task.auto.from_config(set_dropout(config, cfg.model.dropout))
+    loop = task.trainer(model, arguments, task.collator, task.train, task.held_out, compute_metrics=task.metrics)
     started = time.perf_counter()
     loop.train()
     found = {key.removeprefix("eval_"): value for key, value in loop.evaluate().items()}

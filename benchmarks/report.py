@@ -47,14 +47,15 @@ def setting(*more: str, machine: str | None = None) -> str:
 def trained(ranks: int, run_dir: Path, *overrides: str) -> float:
     """Train with the real command and return its wall time in seconds, imports and data included.
 
-    Raises SystemExit with the output of a run that fails.
+    One rank needs no launcher. Raises SystemExit with the output of a run that fails.
     """
     from launch.runtime.processes import free_port
 
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-        str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *overrides,
-    ]  # fmt: skip
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launcher = (
+        [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())] if ranks > 1 else [sys.executable]
+    )
+    command = [*launcher, str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *overrides]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=run_dir.parent)
     if done.returncode:
