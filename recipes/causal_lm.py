@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ DEFAULT_VOCABULARY = 8192
 class CausalLM(Recipe):
     """Predict the next token; the loss is over the supervised tokens only."""
 
-    METRICS: ClassVar[Mapping[str, str]] = {"loss": "min", "perplexity": "min"}
+    METRICS: ClassVar[Mapping[str, str]] = {"loss": "min", "perplexity": "min", "bits_per_byte": "min"}
 
     def check(self) -> list[Problem]:
         from recipes.data.sources import check
@@ -135,7 +136,21 @@ class CausalLM(Recipe):
         return self._loss(model, self.inputs(batch), batch["labels"])
 
     def metrics(self, loss: float, supervised: int, predictions: Sequence[Prediction] = ()) -> dict[str, float]:
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_token": loss / NATS_PER_BIT}
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if size := self._held_out_bytes:
+            found["bits_per_byte"] = loss * supervised / NATS_PER_BIT / size
+        return found
+
+    @functools.cached_property
+    def _held_out_bytes(self) -> int:
+        """Bytes of text of the supervised held-out tokens, which compare models of any vocabulary; 0 if unknown."""
+        from recipes.data.tokenizer import token_bytes
+
+        sizes = token_bytes(self.tokenizer)
+        if sizes is None:
+            return 0
+        labels = (self.held_out.row(number)["labels"] for number in range(len(self.held_out)))
+        return sum(int(sizes[row[(row >= 0) & (row < len(sizes))]].sum()) for row in labels)
 
     def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

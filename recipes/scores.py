@@ -86,6 +86,24 @@ def per_label(predicted: list[int], labels: list[int], names: Sequence[str]) -> 
     ]
 
 
+def per_label_of_sets(
+    predicted: list[list[int]], labels: list[list[int]], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """`per_label` where a row has any number of classes, as 0/1 matrices (rows × classes)."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    # The classes are named one by one: a matrix of a single column would be taken for plain labels.
+    found = [
+        precision_recall_fscore_support(right, told, labels=[1], zero_division=0)
+        for right, told in zip(zip(*labels, strict=True), zip(*predicted, strict=True), strict=True)
+    ]
+    return [
+        {"label": label, "precision": float(precision[0]), "recall": float(recall[0]), "f1": float(f1[0]),
+         "support": int(support[0])}
+        for label, (precision, recall, f1, support) in zip(names, found, strict=True)
+    ]  # fmt: skip
+
+
 def entity_scores(predicted: list[list[str]], labels: list[list[str]], scheme: str | None = None) -> dict[str, float]:
     """Tags of each row's tokens. Entities give precision, recall, f1 (micro: over all entities of all types) and
     token_accuracy; plain tags (no prefixes, such as parts of speech) give token_accuracy and macro_f1. All 0..1.

@@ -151,14 +151,22 @@ class SequenceClassification(TextTask):
 
         if not self.cfg.data.multi_label:
             return classification_scores(*self.sides(predictions), len(self.labels))
+        return multi_label_scores(*self._matrices(predictions), len(self.labels))
+
+    def _matrices(self, predictions: Sequence[Prediction]) -> tuple[list[list[int]], list[list[int]]]:
+        """Which classes were predicted, and which are right, as 0/1 matrices (rows × classes)."""
         chosen, right = (
             [[int(name in row[side]) for name in self.labels] for row in predictions]
             for side in ("prediction", "label")
         )
-        return multi_label_scores(chosen, right, len(self.labels))
+        return chosen, right
 
     def details(self, predictions: Sequence[Prediction]) -> dict[str, Any]:
-        return {} if self.cfg.data.multi_label else self.class_tables(predictions)
+        from recipes.scores import per_label_of_sets
+
+        if not self.cfg.data.multi_label:
+            return self.class_tables(predictions)
+        return {"per_label": per_label_of_sets(*self._matrices(predictions), self.labels)}
 
 
 recipe = SequenceClassification

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from launch.runtime.loop import Progress
     from launch.runtime.saving import Saving
 
-NOT_SHOWN = ("step", "split", "loss", "eval_s", "bits_per_token")
+NOT_SHOWN = ("step", "split", "loss", "eval_s")
 
 
 def prepare(request: Request, terminal: Terminal, finished: bool = False) -> Recipe:

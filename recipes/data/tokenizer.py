@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from conf.errors import Problem, RequestError
 from recipes.data.network import offline_without_network
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
+SPACE = "▁"
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 # A forked process inherits the thread pool of `tokenizers` without its threads, and waits for them forever (0.23). Left
 # to itself the library switches them off after a fork with a warning on stderr; here that happens without one.
@@ -66,7 +71,7 @@ def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.to
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # it raises anything, by what the files lack and the kind of tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(path).is_dir():
             files = ", ".join(sorted(entry.name for entry in Path(path).iterdir())[:8]) or "nothing"
@@ -103,6 +108,25 @@ def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     steps = json.loads(backend.to_str())["pre_tokenizer"] if backend is not None else None
     return steps is not None and any(step["type"] == "ByteLevel" for step in (steps, *steps.get("pretokenizers", ())))
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+    """(V,) bytes of text that each token stands for, 0 for special ones; None where tokens do not tell (WordPiece).
+
+    Byte-level tokens have a character for each byte; SentencePiece writes a space as `▁`, and a byte that is no
+    character of its own as `<0xE2>`.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return None
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    byte_level = is_byte_level(tokenizer)
+    if not byte_level and not any(name and name.startswith(SPACE) for name in names):
+        return None
+    counts = [len(name) if byte_level else 1 if BYTE.fullmatch(name) else len(name.replace(SPACE, " ").encode())
+              for name in (name or "" for name in names)]  # fmt: skip
+    sizes = np.array(counts, np.int64)
+    sizes[[number for number in tokenizer.all_special_ids if number < len(sizes)]] = 0
+    return sizes
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

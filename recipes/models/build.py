@@ -85,7 +85,8 @@ def set_dropout(config: PretrainedConfig, probability: float | None) -> Pretrain
     if not names and probability:
         rule = f"{config.model_type} has no dropout"
         raise RequestError(Problem("model.dropout", str(probability), rule, "model.dropout=null"))
-    for name in names:
+    # transformers 5.23: taggers of decoders drop a tenth before the head where their configuration has no word of it.
+    for name in (*names, "classifier_dropout"):
         setattr(config, name, probability)
     return config
 
@@ -237,12 +238,14 @@ def from_scratch(
 
     Built on the meta device and filled block by block; each block draws from a generator seeded by (seed, its name),
     so the values depend neither on the layout nor on the order. `divide` is called before anything is filled, `place`
-    after each block; it may shard the block: no more than one whole block is ever in memory.
+    when the values of a block are final; it may shard the block: no more than one whole block is ever in memory, and
+    what a family initialises from further up (T5's embedding).
     """
     model = on_meta(hf_class, config, dtype=dtype, attention=attention)
     tied = set(model.all_tied_weights_keys)
     if divide is not None:
         divide(model)
+    above = _initialised_above(model) if place is not None else {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         for name, block in blocks(model):
             whole = name.rpartition(".")[2].isdigit()
@@ -256,12 +259,34 @@ def from_scratch(
                 model._initialize_weights(module)
             _take_constructed(model, name, block, whole)
             if place is not None:
-                place([parameter for _, parameter in block.named_parameters(recurse=whole)])
+                here = [f"{name}.{key}" if name else key for key, _ in block.named_parameters(recurse=whole)]
+                final = [key for key in here if key not in above]
+                place([model.get_parameter(key) for key in (*final, *(key for key in above if above[key] == name))])
     model.tie_weights(recompute_mapping=False)  # a stage without a head has nothing to tie
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise RuntimeError(f"{type(model).__name__}: parameters without memory after building: {left[:5]}")
     return model.to(device) if device.type != "cpu" and place is None else model  # type: ignore[arg-type]
+
+
+def _initialised_above(model: PreTrainedModel) -> dict[str, str]:
+    """Name of a parameter → the last block further up whose initialisation sets it; of those that one does.
+
+    Found by trying, while nothing has memory: torch counts the writes to each tensor.
+    """
+    found = {}
+    parameters = dict(model.named_parameters())
+    for name, block in blocks(model):
+        if name.rpartition(".")[2].isdigit() or next(block.children(), None) is None:
+            continue
+        own = {id(parameter) for parameter in block.parameters(recurse=False)}
+        before = {key: parameter._version for key, parameter in parameters.items()}
+        with torch.no_grad():
+            model._init_weights(block)
+        for key, parameter in parameters.items():
+            if parameter._version != before[key] and id(parameter) not in own:
+                found[key] = name
+    return found
 
 
 def _take_constructed(model: PreTrainedModel, block: str, module: nn.Module, recurse: bool) -> None:

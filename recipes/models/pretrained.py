@@ -16,6 +16,8 @@ from recipes.base import Progress
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+WANTED = ("*.safetensors*", "*.json", "*.model", "*.spm", "*.txt", "*.jinja")
+"""Files of a model of the hub: weights, configuration, and tokenizers of any kind (Marian's are two `.spm`)."""
 CONVERT = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +42,16 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     folder = package_folder(model.path) or Path(model.path).expanduser()
     if not folder.is_dir():
         folder = _from_hub(model.path)
-    return _from_gguf(folder, model.gguf_file, progress) if model.gguf_file else folder
+    if model.gguf_file:
+        return _from_gguf(folder, model.gguf_file, progress)
+    if not any(folder.glob("*.safetensors")):
+        pickles = ", ".join(sorted(entry.name for entry in folder.glob("*.bin")))
+        rule = "it has no weights in safetensors" + (
+            f", only a pickle, which is never opened ({pickles})" if pickles else ""
+        )
+        nearest = "another revision or model, or save_pretrained() of one that you have loaded and trust"
+        raise RequestError(Problem("model.path", model.path, rule, nearest))
+    return folder
 
 
 def pretrained_config(model: ModelConfig, folder: Path | None = None) -> PretrainedConfig:
@@ -69,7 +80,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
     except HFValidationError:
         rule, nearest = "neither a local folder nor a hub name", "model.path=./FOLDER or model.path=OWNER/NAME"
     except LocalEntryNotFoundError:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from test_task_layouts import MODELS, Case, configuration, write_rows
+from test_task_layouts import MODELS, PRETRAINED, Case, configuration, write_model, write_rows
 
 from conf.schema import OptimizerConfig
 from recipes import recipe_class
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 20, 10
-CASES = [Case(task, model, 1, data=2) for task, models in MODELS.items() for model, _ in models]
-WITH_DROPOUT = ("bert", "bart", "llama", "vit")
+CASES = [Case(rows, model, 1, data=2) for rows, models in MODELS.items() for model in models]
+WITH_DROPOUT = ("bert", "bart", "t5", "marian", "llama", "vit", PRETRAINED)
 TIMES = ("eval_s", "step_s", "tokens_per_s", "peak_memory_bytes")
 
 
@@ -71,6 +71,7 @@ def whole_and_resumed(rank: int, world: int, cases: list[Case], folder: Path) ->
 def test_every_kind_of_recipe_goes_on_bit_for_bit() -> None:
     folder = Path(tempfile.mkdtemp())
     write_rows(folder)
+    write_model(folder / "bert")
     for rank in run_ranks(2, whole_and_resumed, CASES, folder, timeout_s=600):
         for case, (whole, resumed) in zip(CASES, rank, strict=True):
             assert resumed["rows"] == [row for row in whole["rows"] if row["step"] > STOP], case

@@ -17,6 +17,7 @@ from recipes.scores import (
     entity_scores,
     multi_label_scores,
     per_label,
+    per_label_of_sets,
     regression_scores,
     span_scores,
     translation_scores,
@@ -87,6 +88,12 @@ def test_several_classes_per_row():
     scores = multi_label_scores(predicted, labels, 3)
     assert scores == near(accuracy=0.5, macro_f1=(0.8 + 2 / 3) / 3, micro_f1=0.75)
     assert all(type(value) is float for value in scores.values())
+    assert per_label_of_sets(predicted, labels, ["a", "b", "c"]) == [
+        {"label": "a", "precision": 1.0, "recall": pytest.approx(2 / 3), "f1": pytest.approx(0.8), "support": 3},
+        {"label": "b", "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "support": 1},
+        {"label": "c", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0},
+    ]
+    assert per_label_of_sets([[1], [0]], [[1], [1]], ["a"])[0]["recall"] == 0.5
     assert multi_label_scores([[0, 0]], [[0, 0]], 2) == near(accuracy=1.0, macro_f1=0.0, micro_f1=0.0)
     assert multi_label_scores([[1], [1], [0]], [[1], [0], [0]], 1) == near(
         accuracy=2 / 3, macro_f1=2 / 3, micro_f1=2 / 3

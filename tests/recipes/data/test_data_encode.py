@@ -8,7 +8,7 @@ from conf.errors import RequestError
 from recipes.data import encode
 from recipes.data.encode import Encoder, cut
 from recipes.data.rows import Problems, Row
-from recipes.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_digest, train_tokenizer
+from recipes.data.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_digest, train_tokenizer
 
 TALK = [
     {"role": "system", "content": "be brief"},
@@ -58,6 +58,19 @@ def test_trained_tokenizer_gives_every_text_back(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == (END_OF_TEXT,) * 3
     assert tokenizer.unk_token is None and tokenizer.eos_token_id == 0
+
+
+@pytest.mark.parametrize("text", [" a  b\n\n\tc ", "naïve 日本語 🤖", "the capital is Paris"])
+def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer, text):
+    """What bits per byte are counted in."""
+    assert token_bytes(tokenizer)[tokenizer(text)["input_ids"]].sum() == len(text.encode())
+    assert token_bytes(tokenizer)[tokenizer.eos_token_id] == 0
+
+
+def test_the_bytes_of_sentencepiece_tokens():
+    tokenizer = llama_like()
+    # The space that it puts before a text is one byte more; the begin token stands for none.
+    assert token_bytes(tokenizer)[tokenizer("the capital is Paris")["input_ids"]].sum() == len(" the capital is Paris")
 
 
 def test_training_is_deterministic_and_survives_saving(tmp_path):

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from tiny import TinyCausalLM, tiny_config
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    set_seed,
+)
 
 from conf.errors import RequestError
 from recipes.models.attention import keeps_documents_apart
@@ -67,6 +77,36 @@ def test_values_depend_on_the_seed_and_nothing_else() -> None:
     assert not torch.equal(first.model.layers[0].mlp.up_proj.weight, first.model.layers[1].mlp.up_proj.weight)
     build("llama")
     assert torch.equal(state, torch.get_rng_state()), "the caller's generator was moved"
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "tie_word_embeddings": False}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+ENCODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+OTHERS = {
+    "t5": (AutoModelForSeq2SeqLM, T5), "mt5": (AutoModelForSeq2SeqLM, T5), "umt5": (AutoModelForSeq2SeqLM, T5),
+    "bart": (AutoModelForSeq2SeqLM, BART), "marian": (AutoModelForSeq2SeqLM, {**BART, "decoder_vocab_size": None}),
+    "bert": (AutoModelForSequenceClassification, ENCODER), "roberta": (AutoModelForTokenClassification, ENCODER),
+    "modernbert": (AutoModelForTokenClassification, {**ENCODER, "pad_token_id": 0}),
+    "deberta-v2": (AutoModelForQuestionAnswering, ENCODER), "vit": (AutoModelForImageClassification, ENCODER),
+    "convnext": (AutoModelForImageClassification, {"depths": [1, 1, 1, 1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_is_placed_is_final(family: str) -> None:
+    """T5 initialises its embedding and head from the whole model: they are not sharded before that."""
+    hf_class, given = OTHERS[family]
+    special = {"pad_token_id": 0, "decoder_start_token_id": 0} if hf_class is AutoModelForSeq2SeqLM else {}
+    if family not in ("vit", "convnext"):
+        special |= {"vocab_size": 301}
+    made = AutoConfig.for_model(family, **{**special, **given})
+    options = {"seed": 0, "dtype": torch.float32, "device": torch.device("cpu"), "attention": None}
+    seen = []
+    placed = from_scratch(hf_class, made, **options, place=lambda part: seen.extend((p, p.clone()) for p in part))
+    assert sorted(id(p) for p, _ in seen) == sorted(id(p) for p in placed.parameters())
+    assert all(torch.equal(parameter, value) for parameter, value in seen)
+    whole = from_scratch(hf_class, made, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), placed.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
