@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, initialization
 
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import ModelConfig, ParallelConfig
@@ -272,20 +272,32 @@ def from_scratch(
 def _initialised_above(model: PreTrainedModel) -> dict[str, str]:
     """Name of a parameter → the last block further up whose initialisation sets it; of those that one does.
 
-    Found by trying, while nothing has memory: torch counts the writes to each tensor.
+    Found by trying, while nothing has memory: torch counts the writes to each tensor, but for those that its
+    `trunc_normal_` (2.13) does not make on the meta device.
     """
-    found = {}
+    found, drawn = {}, set[int]()
     parameters = dict(model.named_parameters())
-    for name, block in blocks(model):
-        if name.rpartition(".")[2].isdigit() or next(block.children(), None) is None:
-            continue
-        own = {id(parameter) for parameter in block.parameters(recurse=False)}
-        before = {key: parameter._version for key, parameter in parameters.items()}
-        with torch.no_grad():
-            model._init_weights(block)
-        for key, parameter in parameters.items():
-            if parameter._version != before[key] and id(parameter) not in own:
-                found[key] = name
+    truncated = initialization.TORCH_INIT_FUNCTIONS["trunc_normal_"]
+
+    def noted(tensor: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        drawn.add(id(tensor))
+        return truncated(tensor, *rest, **options)
+
+    initialization.TORCH_INIT_FUNCTIONS["trunc_normal_"] = noted
+    try:
+        for name, block in blocks(model):
+            if name.rpartition(".")[2].isdigit() or next(block.children(), None) is None:
+                continue
+            own = {id(parameter) for parameter in block.parameters(recurse=False)}
+            before = {key: parameter._version for key, parameter in parameters.items()}
+            drawn.clear()
+            with torch.no_grad():
+                model._init_weights(block)
+            for key, parameter in parameters.items():
+                if id(parameter) not in own and (id(parameter) in drawn or parameter._version != before[key]):
+                    found[key] = name
+    finally:
+        initialization.TORCH_INIT_FUNCTIONS["trunc_normal_"] = truncated
     return found
 
 
