@@ -37,10 +37,13 @@ class CausalLM(Recipe):
     def prepare(self, progress: Progress | None = None) -> None:
         from recipes.data.cache import prepare
         from recipes.data.order import check_size
+        from recipes.data.sources import open_sources
         from recipes.data.tokenizer import load_tokenizer
         from recipes.models.pretrained import local_folder
 
         model, data = self.cfg.model, self.cfg.data
+        if not self.finished and (both := [one for source in open_sources(data) if (one := source.in_both_splits())]):
+            raise RequestError(both)
         self._folder = local_folder(model, progress) if model.path else None
         tokenizer = None
         if model.tokenizer:

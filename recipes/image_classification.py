@@ -12,7 +12,7 @@ from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.examples import Example
 from recipes.data.image_processor import FILES, ImageProcessor
-from recipes.data.rows import Meter, Problems, Row
+from recipes.data.rows import Meter, Problems, Row, wrong_class
 from recipes.supervised import IGNORE, NO_TEXT, Supervised
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class ImageClassification(Supervised):
         return {"image": data.image or "image", "label": data.label or "label"}
 
     def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
+        if wrong := wrong_class(content["label"], where, columns["label"]):
+            return [wrong]
         value = content["image"]
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             return [Problem(where, "", f"column '{columns['image']}' holds no image")]
@@ -52,7 +54,7 @@ class ImageClassification(Supervised):
         return []
 
     def is_empty(self, content: dict[str, Any]) -> bool:
-        return False
+        return isinstance(content["label"], str) and not content["label"].strip()
 
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         yield self.named(content["label"])

@@ -126,6 +126,9 @@ class QuestionAnswering(TextTask):
             )  # fmt: skip
             for window, place in enumerate(found["overflow_to_sample_mapping"]):
                 examples[numbers[place]].append(self._window(rows[numbers[place]], found, window))
+        for row, windows in zip(rows, examples, strict=True):
+            if row.content["answers"] and not any(window["labels"].any() for window in windows):
+                meter.skip("questions whose answer is whole in no window, learned as having none")
         return examples
 
     def _window(self, row: Row, found: Any, window: int) -> Example:
@@ -134,8 +137,9 @@ class QuestionAnswering(TextTask):
         spans = np.where(of_context[:, None], np.array(found["offset_mapping"][window]), -1)
         content, label = row.content, (0, 0)
         if content["answers"]:
-            start = content["answers"][0]["start"]
-            stop = start + len(content["answers"][0]["text"])
+            text = content["answers"][0]["text"]
+            start = content["answers"][0]["start"] + len(text) - len(text.lstrip())
+            stop = start + len(text.strip())  # no token is of spaces alone
             touched = np.flatnonzero(of_context & (spans[:, 0] < stop) & (spans[:, 1] > start))
             if len(touched) and spans[touched[0], 0] <= start and spans[touched[-1], 1] >= stop:
                 label = (int(touched[0]), int(touched[-1]))

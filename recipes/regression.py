@@ -141,7 +141,7 @@ class NumberRegression(_Numbers):
             rule = f"the model takes {wants} features, a row has {has}"
             return [Problem("data.features", ",".join(self.cfg.data.features), rule, "the columns it was trained on")]
         given, known = self.cfg.data.features, self._of_model()
-        if known and given != known and sorted(given) == sorted(known):
+        if known and any(name in known and known.index(name) != place for place, name in enumerate(given)):
             rule = f"the model takes them in another order: {', '.join(known)}"
             return [Problem("data.features", f"[{','.join(given)}]", rule, f"data.features=[{','.join(known)}]")]
         return super().check_model()

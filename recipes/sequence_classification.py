@@ -12,7 +12,7 @@ from conf.errors import Problem
 from conf.rules_values import shown
 from recipes.base import Prediction
 from recipes.data.examples import Example
-from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
+from recipes.data.rows import Meter, Problems, Row, check_content, wrong_class
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -43,11 +43,9 @@ class SequenceClassification(TextTask):
         texts = {name: value for name, value in content.items() if name != "label"}
         problems = check_content(texts, where, columns)
         for label in content["label"] if self._many(content["label"]) else [content["label"]]:
-            if isinstance(label, bool) or not isinstance(label, str | int) or wrong_text(str(label)):
-                wanted = "a list of names or whole numbers" if self.cfg.data.multi_label else "a name or a whole number"
-                rule = f"column '{columns['label']}' must be {wanted}"
-                nearest = "" if not isinstance(label, list) else "data.multi_label=true"
-                problems.append(Problem(where, repr(label), rule, nearest))
+            wanted = "a list of names or whole numbers" if self.cfg.data.multi_label else "a name or a whole number"
+            if wrong := wrong_class(label, where, columns["label"], wanted):
+                problems.append(wrong)
                 break
         if not problems and self._many(content["label"]) and len(set(content["label"])) < len(content["label"]):
             rule = f"column '{columns['label']}' has a class twice; it must list the classes of the row, each once"
@@ -65,7 +63,8 @@ class SequenceClassification(TextTask):
         return self.cfg.data.multi_label and isinstance(label, list)
 
     def is_empty(self, content: dict[str, Any]) -> bool:
-        without = content["label"] == "" and not self.cfg.data.multi_label  # of many classes a row may have none
+        label = content["label"]
+        without = isinstance(label, str) and not label.strip() and not self.cfg.data.multi_label  # many may be none
         return without or not content["text"].strip()
 
     def check_model(self) -> list[Problem]:

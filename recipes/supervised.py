@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 4
+FORMAT = 5
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
@@ -165,6 +165,8 @@ class Supervised(Recipe):
         root = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
         self._folder = local_folder(cfg.model, progress) if cfg.model.path else None
         source = self.source()
+        if not self.finished and (problem := source.in_both_splits()):
+            raise RequestError(problem)
         settings = {name: value for name, value in asdict(data).items() if name not in ("cache_dir", "bucketing")}
         try:
             content = source.fingerprint()
@@ -216,14 +218,16 @@ class Supervised(Recipe):
         from recipes.data.store import entry
 
         def build(folder: Path) -> dict[str, Any]:
-            problems, meter, counts = Problems(), Meter(source.size()), dict[str, int]()
+            problems, meter, counts, rows = Problems(), Meter(source.size()), dict[str, int](), 0
             for row in source.read(problems, meter):
+                rows += not row.held_out
                 for label in self.classes_of(row.content) if not row.held_out else ():
                     counts[label] = counts.get(label, 0) + 1
             problems.raise_any()
-            return {"counts": counts}
+            return {"counts": counts, "rows": rows}
 
-        counts = entry(root, f"labels-{fingerprint}", build).facts["counts"]
+        facts = entry(root, f"labels-{fingerprint}", build).facts
+        counts = facts["counts"]
         given = self.cfg.data.labels
         if not self.CLASSES or type(self).classes_of is Supervised.classes_of:
             return list(given or []), counts
@@ -242,6 +246,9 @@ class Supervised(Recipe):
         if len(given or counts) == 1 and not self.cfg.data.multi_label and not self.finished:
             rule = f"all training rows are of one class ('{next(iter(counts))}'): there is nothing to tell apart"
             raise RequestError(Problem("data", source.name, rule, "rows of other classes"))
+        if self.cfg.data.multi_label and not self.finished and set(counts.values()) == {facts["rows"]}:
+            rule = f"every training row has each of the classes ({', '.join(counts)}): there is nothing to tell apart"
+            raise RequestError(Problem("data.label", source.name, rule, "the classes of a row alone: [1], not [0, 1]"))
         if given is None:
             return sorted(counts, key=_natural), counts
         without = [name for name in self.cfg.data.labels or () if name not in counts]

@@ -64,7 +64,7 @@ class TextTask(Supervised):
             self.tokenizer = trained_tokenizer(root, [fingerprint], texts, size)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.ENDS:
+        if self.ENDS and not self.finished:  # a finished model has been trained with what its tokenizer gives
             add_ends(self.tokenizer)
         return [tokenizer_digest(self.tokenizer)]
 
@@ -176,4 +176,6 @@ class TextTask(Supervised):
         return {name: batch[name] for name in names if name in batch}
 
     def save_processor(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        from recipes.data.tokenizer import save_tokenizer
+
+        save_tokenizer(self.tokenizer, folder)

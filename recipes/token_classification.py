@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
-from recipes.data.tokenizer import is_byte_level
+from recipes.data.tokenizer import spaces_are_of_words
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -68,10 +69,14 @@ class TokenClassification(TextTask):
     def texts(self, content: dict[str, Any]) -> Iterator[str]:
         yield " ".join(content["tokens"])
 
+    @functools.cached_property
+    def _spaced(self) -> bool:
+        return spaces_are_of_words(self.tokenizer)
+
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         limit = self.cfg.data.seq_length
         tokens = [row.content["tokens"] for row in rows]
-        if is_byte_level(self.tokenizer):  # there the space before a word is a part of it
+        if self._spaced:  # the space before a word is a part of it
             tokens = [[*words[:1], *(f" {word}" for word in words[1:])] for words in tokens]
         found = self.tokenizer(tokens, is_split_into_words=True, truncation=True, max_length=limit)
         whole = self.tokenizer(tokens, is_split_into_words=True, verbose=False)

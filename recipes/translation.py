@@ -124,6 +124,10 @@ class Translation(TextTask):
         return False
 
     def check_model(self) -> list[Problem]:
+        if hasattr(self.tokenizer, "src_lang"):
+            rule = "its tokenizer marks texts with their language (src_lang, tgt_lang), which no key gives"
+            nearest = "a model of one pair of languages (Marian), T5, BART, or a decoder"
+            return [Problem("model.path", str(self.cfg.model.path), rule, nearest)]
         return self.form.check() or super().check_model()
 
     def row_length(self) -> int:
@@ -328,9 +332,10 @@ class Decoder(Form):
         return [sources + targets]
 
     def adopt(self, model: PreTrainedModel) -> None:
-        from recipes.models.attention import check_causal
+        from recipes.models.attention import check_causal, check_padding
 
-        if problems := check_causal(model, next(model.parameters()).device):
+        device = next(model.parameters()).device
+        if problems := check_causal(model, device) or check_padding(model, device):
             raise RequestError(problems)
 
     def target_ids(self, texts: list[str]) -> list[list[int]]:

@@ -32,6 +32,12 @@ class HubSource(Source):
             Problem(f"{self.key}.name", "null", "hub data needs the name of a data set", f"{self.key}.name=OWNER/NAME")
         ]
 
+    def in_both_splits(self) -> Problem | None:
+        if self.config.eval_split != self.config.split:
+            return None
+        rule = "this is the training split, too: held-out rows would be learned"
+        return Problem(f"{self.key}.eval_split", str(self.config.eval_split), rule, "another split, or null")
+
     def fingerprint(self) -> str:
         return " ".join(split._fingerprint for _, _, split in self._splits())
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -17,7 +16,7 @@ import numpy as np
 from conf.errors import Problem, RequestError, did_you_mean
 from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _first_line, open_bytes
 from recipes.data.rows import Meter, Problems, Row
-from recipes.data.sources import FileSource, Source, find_files, held_out_files, held_out_row
+from recipes.data.sources import FileSource, Source, _hash, find_files, held_out_row
 
 IDX_LABELS, IDX_GREY, IDX_COLOUR = 0x00000801, 0x00000803, 0x00000804
 """First four bytes: unsigned bytes in 1 (N), 3 (N×H×W) or 4 (N×H×W×C) dimensions."""
@@ -204,17 +203,15 @@ class DigitsSource(Source):
 def held_out_of_classes(names: list[str], share: float) -> set[str]:
     """`held_out_files` of CLASS/NAME, such that each class keeps an image to train on.
 
-    Not empty as long as one class has two images.
+    Which one does not depend on the share: what a smaller share sets aside, a larger one does too. Not empty as long as
+    one class has two images.
     """
-    images = Counter(name.partition("/")[0] for name in names)
-    several = [name for name in names if images[name.partition("/")[0]] > 1]
-    set_aside = held_out_files(several, share) if several else set()
-    trained = {name.partition("/")[0] for name in several if name not in set_aside}
-    for name in sorted(set_aside):
-        if (label := name.partition("/")[0]) not in trained:
-            set_aside.discard(name)
-            trained.add(label)
-    return set_aside
+    kept: dict[str, str] = {}
+    for name in sorted(names, key=_hash):
+        kept[name.partition("/")[0]] = name
+    others = [name for name in names if name != kept[name.partition("/")[0]]]
+    set_aside = {name for name in others if _hash(name) < share}
+    return set_aside or set(sorted(others, key=_hash)[:1])
 
 
 def _classless(path: Path) -> Problem:
@@ -227,6 +224,8 @@ def pixels(file: Path | BinaryIO) -> np.ndarray:
 
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its values are of mode {image.mode} (32 bits), of no known range; save 8 or 16 bits")
         if image.mode.startswith("I;16"):  # Pillow would clip these at 255
             return (np.asarray(image) // 257).astype(np.uint8)[..., None]
         array = np.array(image if image.mode == "L" else image.convert("RGB"))

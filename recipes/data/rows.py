@@ -143,6 +143,14 @@ def wrong_text(value: Any) -> str:
     return ""
 
 
+def wrong_class(value: Any, where: str, column: str, wanted: str = "a name or a whole number") -> Problem | None:
+    """What is wrong with the class of a row; None for a name or a number."""
+    if isinstance(value, str | int) and not isinstance(value, bool) and not wrong_text(str(value)):
+        return None
+    nearest = "data.multi_label=true" if isinstance(value, list) else ""
+    return Problem(where, repr(value)[:60], f"column '{column}' must be {wanted}", nearest)
+
+
 def is_empty(content: dict[str, Any]) -> bool:
     """Whether there is nothing to learn in this row: no text, an empty completion, or a chat without turns."""
     return not (content["messages"] if "messages" in content else content.get("text", content.get("completion")))

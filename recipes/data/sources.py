@@ -51,6 +51,10 @@ class Source:
         """Bytes (files) or rows (hub): the total that `Meter.done` runs up to."""
         raise NotImplementedError
 
+    def in_both_splits(self) -> Problem | None:
+        """What is trained on and held out at once. Raises what `files` does."""
+        return None
+
     def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
         """All rows of both splits, read lazily and always in the same order."""
         raise NotImplementedError
@@ -58,6 +62,14 @@ class Source:
 
 class FileSource(Source):
     """Files of `path` (both splits), or of `path` (training) and `eval_path` (held out)."""
+
+    def in_both_splits(self) -> Problem | None:
+        trained = {path.resolve() for _, path in self.files(False)}
+        for name, path in self.files(True):
+            if path.resolve() in trained:
+                rule = f"{name} is among the training files of {self.key}.path, too: held-out rows would be learned"
+                return Problem(f"{self.key}.eval_path", str(self.config.eval_path), rule, "files of its own, or null")
+        return None
 
     def check(self) -> list[Problem]:
         problems = Problems()

@@ -100,6 +100,39 @@ def add_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     backend.post_processor = processors.Sequence([backend.post_processor, ends]) if backend.post_processor else ends
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save it so that `AutoTokenizer` reads texts, and pairs of them, as it does here.
+
+    transformers 5.23: GPTNeoXTokenizer makes its post-processor anew when it is loaded, without the ends that were
+    added; the general class takes the one that was saved. Raises RuntimeError where that does not help.
+    """
+    from transformers import AutoTokenizer
+
+    def reads() -> bool:
+        again = AutoTokenizer.from_pretrained(folder)
+        probes = (("A small probe.",), ("A small probe.", "And a second one."))
+        return all(tokenizer(*probe)["input_ids"] == again(*probe)["input_ids"] for probe in probes)
+
+    tokenizer.save_pretrained(folder)
+    if reads():
+        return
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if not reads():
+        raise RuntimeError(f"{type(tokenizer).__name__}: what was saved in {folder} reads texts otherwise")
+
+
+def spaces_are_of_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether words given one by one lack the space that they have in a text (GPT-2, Gemma); measured."""
+
+    def ids(text: str | list[str]) -> list[int]:
+        return tokenizer(text, is_split_into_words=isinstance(text, list), add_special_tokens=False)["input_ids"]
+
+    text = ids("we saw")
+    return ids(["we", "saw"]) != text and ids(["we", " saw"]) == text
+
+
 def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it works on bytes, as GPT-2's does: a word in a text begins with the space before it.
 
@@ -118,7 +151,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return None
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     byte_level = is_byte_level(tokenizer)
     if not byte_level and not any(name and name.startswith(SPACE) for name in names):
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -9,6 +11,9 @@ from conf.errors import Problem
 
 TOLERANCE = 1e-3
 """Relative to the size of the hidden states: two runs of one shape differ by kernels that are not deterministic."""
+
+OF_HALVES = 0.05
+"""The same in 16 bits, where the kernels of other shapes round otherwise."""
 
 
 def check_causal(model: PreTrainedModel, device: torch.device) -> list[Problem]:
@@ -25,6 +30,29 @@ def check_causal(model: PreTrainedModel, device: torch.device) -> list[Problem]:
     rule = "this model lets tokens see those that follow, which it is to predict"
     nearest = "a decoder" + (", or model.config.is_decoder=true" if hasattr(model.config, "is_decoder") else "")
     return [Problem("model", model.config.model_type, rule, nearest)]
+
+
+def check_padding(model: PreTrainedModel, device: torch.device) -> list[Problem]:
+    """A model that generates in batches must not see what is padded on the left.
+
+    The token after a prompt has the same logits with and without it; not in a recurrent family that takes padding into
+    its state (RWKV), whose texts would depend on what stands beside them in the batch.
+    """
+    ids = torch.tensor([[1, 2, 3, 4]], device=device)
+    padded, mask = (torch.nn.functional.pad(part, (3, 0)) for part in (ids, torch.ones_like(ids)))
+    options: dict[str, Any] = {
+        "max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+        "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    generate: Any = model.generate
+    with torch.no_grad():
+        alone = generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits[0].float()
+        beside = generate(input_ids=padded, attention_mask=mask, **options).logits[0].float()
+    tolerance = TOLERANCE if model.dtype == torch.float32 else OF_HALVES
+    if bool((alone - beside).abs().max() <= tolerance * alone.abs().max()):
+        return []
+    rule = "this model sees the padding before a prompt: what it writes depends on the batch"
+    return [Problem("model", model.config.model_type, rule, "a decoder with attention, or task=causal_lm")]
 
 
 def keeps_documents_apart(model: PreTrainedModel, device: torch.device) -> bool:

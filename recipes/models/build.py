@@ -276,8 +276,9 @@ def _initialised_above(model: PreTrainedModel) -> dict[str, str]:
     `trunc_normal_` (2.13) does not make on the meta device.
     """
     found, drawn = {}, set[int]()
+    initialise: Any = model._init_weights
     parameters = dict(model.named_parameters())
-    truncated = initialization.TORCH_INIT_FUNCTIONS["trunc_normal_"]
+    truncated: Any = initialization.TORCH_INIT_FUNCTIONS["trunc_normal_"]
 
     def noted(tensor: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         drawn.add(id(tensor))
@@ -292,7 +293,7 @@ def _initialised_above(model: PreTrainedModel) -> dict[str, str]:
             before = {key: parameter._version for key, parameter in parameters.items()}
             drawn.clear()
             with torch.no_grad():
-                model._init_weights(block)
+                initialise(block)
             for key, parameter in parameters.items():
                 if id(parameter) not in own and (id(parameter) in drawn or parameter._version != before[key]):
                     found[key] = name

@@ -162,8 +162,8 @@ def test_words_of_a_byte_level_tokenizer_are_those_of_a_text(tmp_path: Path, mon
     from recipes import token_classification as module
 
     asked: list[Any] = []
-    real = module.is_byte_level
-    monkeypatch.setattr(module, "is_byte_level", lambda tokenizer: asked.append(tokenizer) or real(tokenizer))
+    real = module.spaces_are_of_words
+    monkeypatch.setattr(module, "spaces_are_of_words", lambda tokenizer: asked.append(tokenizer) or real(tokenizer))
     words = ["we", "saw", "Washington", "twice"]
     rows = [{"tokens": words, "tags": ["O", "O", "B-LOC", "O"]} for _ in range(16)]
     recipe = prepared(config(tmp_path, "token_classification", rows))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from test_supervised import TEXTS, config, prepared, refused
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast
 
 from conf.errors import RequestError
 from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
@@ -19,8 +20,12 @@ from launch.runtime.export import convert
 from launch.runtime.session import _kept
 from recipes import recipe_class
 from recipes.data.classes import order_of_classes
+from recipes.data.hub import HubSource
 from recipes.data.numbers import read_number
 from recipes.data.rows import Meter, Problems, Row
+from recipes.data.tokenizer import END_OF_TEXT, add_ends, save_tokenizer, spaces_are_of_words, train_tokenizer
+from recipes.models.attention import check_padding
+from recipes.scores import classification_scores
 
 TASK = "sequence_classification"
 
@@ -220,3 +225,135 @@ def test_half_precision_that_cannot_hold_the_weights(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*half*"))
     convert(folder, tmp_path / "brain", torch.bfloat16)
     assert np.isfinite(load_file(tmp_path / "brain/model.safetensors")["classifier.bias"].float()).all()
+
+
+def finished(cfg: Config, folder: Path) -> Any:
+    """The recipe as launch/evaluate.py has it, for a saved model."""
+    cfg.model, cfg.data.vocab_size = ModelConfig(path=str(folder)), None
+    recipe = recipe_class(cfg.task)(cfg)
+    recipe.finished = True
+    recipe.prepare()
+    return recipe
+
+
+def test_a_strangers_model_is_judged_on_what_its_own_tokenizer_gives(tmp_path: Path) -> None:
+    """One without ends gets none; ours has them in its tokenizer."""
+    folder = saved(prepared(config(tmp_path, TASK, TEXTS)), tmp_path / "ours")
+    text = TEXTS[0]["text"]
+    for end in (True, False):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not end:
+            tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+            tokenizer.save_pretrained(folder)
+        ids = finished(config(tmp_path, TASK, TEXTS), folder).held_out.row(0)["input_ids"].tolist()
+        assert ids == tokenizer(text)["input_ids"] and (ids[0] == tokenizer.eos_token_id) == end
+
+
+def test_a_tokenizer_that_forgets_its_ends_when_loaded(tmp_path: Path) -> None:
+    """transformers 5.23: GPT-NeoX' class makes its post-processor anew."""
+    tokenizer = train_tokenizer([row["text"] for row in TEXTS], 300)
+    neox = GPTNeoXTokenizer(tokenizer_object=tokenizer.backend_tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    add_ends(neox)
+    text = TEXTS[0]["text"]
+    neox.save_pretrained(tmp_path / "plain")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")(text)["input_ids"] != neox(text)["input_ids"]
+    save_tokenizer(neox, tmp_path / "saved")
+    for texts in ((text,), (text, "and more")):
+        assert AutoTokenizer.from_pretrained(tmp_path / "saved")(*texts)["input_ids"] == neox(*texts)["input_ids"]
+
+
+def test_rows_that_are_trained_on_and_held_out(tmp_path: Path) -> None:
+    cfg = config(tmp_path, TASK, TEXTS)
+    cfg.data.eval_path = cfg.data.path
+    assert "is among the training files" in refused(cfg)
+    finished(cfg, saved(prepared(config(tmp_path, TASK, TEXTS)), tmp_path / "model"))  # who only judges may say so
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/dev.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    cfg = config(tmp_path, TASK, TEXTS, eval_path=str(tmp_path / "folder/dev.jsonl"))
+    cfg.data.path = str(tmp_path / "folder")
+    assert "dev.jsonl is among" in refused(cfg)
+    cfg = config(tmp_path, "causal_lm", TEXTS)
+    cfg.data.eval_path = cfg.data.path
+    with pytest.raises(RequestError, match="is among the training files"):
+        recipe_class("causal_lm")(cfg).prepare()
+    hub = DataConfig(kind="hub", name="x", split="train", eval_split="train")
+    assert "is the training split" in str(HubSource(hub, "data", 0.1, None).in_both_splits())
+
+
+def test_spaces_around_an_answer_are_none_of_its_tokens(tmp_path: Path) -> None:
+    context = "we won in 1999 and then lost"
+    rows = [{"question": "when", "context": context, "answers": {"text": [text], "answer_start": [context.index(text)]}}
+            for text in ("1999", " 1999", "1999 ")] * 4  # fmt: skip
+    recipe = prepared(config(tmp_path, "question_answering", rows))
+    labels = {tuple(recipe.train.row(n)["labels"]) for n in range(len(recipe.train))}
+    assert len(labels) == 1 and (0, 0) not in labels
+    digits = " ".join("0123456789")
+    long = {"question": "0", "context": digits, "answers": {"text": [digits], "answer_start": [0]}}
+    cut = config(tmp_path, "question_answering", [long] * 12, seq_length=16, stride=2, vocab_size=257)
+    assert "whole in no window" in prepared(cut).said()
+
+
+def test_classes_of_images(tmp_path: Path) -> None:
+    check = recipe_class("image_classification")(config(tmp_path, "image_classification", TEXTS)).check_values
+    columns = {"image": "image", "label": "label"}
+    for label in (None, [0, 2], True):
+        content = {"image": {"bytes": b""}, "label": label}
+        assert "must be a name or a whole number" in str(check(content, "x:1", columns)[0])
+
+
+def test_classes_that_every_row_has(tmp_path: Path) -> None:
+    """Two classes as zeros and ones would be read as the names of both, in each row."""
+    rows = [{"text": f"text {n}", "label": [n % 2, 1 - n % 2]} for n in range(16)]
+    assert "every training row has each of the classes" in refused(config(tmp_path, TASK, rows, multi_label=True))
+    blank = [*TEXTS, {"text": "a", "label": "   "}]
+    assert prepared(config(tmp_path, TASK, blank)).labels == ["neg", "pos"]
+
+
+def test_features_of_other_columns(tmp_path: Path) -> None:
+    rows = [{"a": n, "b": -n, "c": n * n, "label": n} for n in range(16)]
+    folder = saved(prepared(numbers(tmp_path, rows, features=["a", "b"])), tmp_path / "model")
+    for features, right in ((["b", "c"], False), (["a", "c"], True), (["a", "b"], True)):
+        cfg = numbers(tmp_path, rows, features=features)
+        cfg.model = ModelConfig(path=str(folder))
+        assert right or "in another order" in refused(cfg)
+        assert not right or prepared(cfg)
+
+
+def test_texts_with_a_mark_of_their_language_are_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "translation", [{"source": "a b", "target": "c d"}] * 8)
+    cfg.model = ModelConfig(type="bart", config={"d_model": 16, "encoder_layers": 1, "decoder_layers": 1})
+    recipe = prepared(cfg)
+    recipe.tokenizer.src_lang = "en_XX"
+    assert "src_lang" in str(recipe.check_model()[0])
+
+
+def test_a_decoder_that_sees_what_is_padded() -> None:
+    cpu, small = torch.device("cpu"), {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+    torch.manual_seed(0)
+    rwkv = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", **small, attention_hidden_size=32))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    llama = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small, **heads))
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=64))
+    assert [bool(check_padding(model.eval(), cpu)) for model in (rwkv, llama, gpt2)] == [True, False, False]
+
+
+def test_a_correlation_over_many_rows() -> None:
+    """Matthews' coefficient from counts, in whole numbers: float32 is 1% off."""
+    labels = [1] * 10 + [0] * 999_990
+    predicted = [1] * 4 + [0] * 6 + [1] * 6 + [0] * 999_984
+    tp, fp, fn, tn = 4, 6, 6, 999_984
+    expected = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert classification_scores(predicted, labels, 2)["mcc"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_words_of_a_text_keep_their_space() -> None:
+    """Tokenizers that write it into the word (GPT-2's, Gemma's) and others."""
+    byte_level = train_tokenizer(["we saw the sea"] * 9, 300)
+    gemma = Tokenizer(models.BPE())
+    gemma.normalizer = normalizers.Replace(" ", "▁")
+    gemma.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    gemma.train_from_iterator(["we saw the sea"] * 9, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    words = Tokenizer(models.WordLevel({"we": 0, "saw": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    found = [PreTrainedTokenizerFast(tokenizer_object=one) for one in (gemma, words)]
+    assert [spaces_are_of_words(tokenizer) for tokenizer in (byte_level, *found)] == [True, True, False]
