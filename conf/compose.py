@@ -29,8 +29,10 @@ __all__ = ["compose", "hydra_passthrough", "list_recipes", "recipe_listing", "to
 
 ConfigStore.instance().store(name="config_schema", node=Config)
 
-OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "stride", "cache_dir")
+OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "empty", "stride", "cache_dir")
 """Keys of `data` that say what is done with rows, whatever source they come from."""
+MODEL = "llama_4m"
+"""The choice in conf/config.yaml."""
 
 
 def compose(overrides: Iterable[str], world_size: int, environment: Environment | None = None) -> Config:
@@ -98,7 +100,7 @@ def _give_way(read: Overrides) -> None:
 
     `train.steps` replaces a recipe's epochs and the other way round; another optimizer than the recipe's comes with its
     own learning rate; held-out data of one's own replaces a share of the rows. `data=` brings a source with columns and
-    labels of its own; a pretrained model brings its configuration and vocabulary.
+    labels of its own; a pretrained model brings its configuration and vocabulary, another family its own sizes.
     """
     brought: dict[str, str] = {}
     chosen = {group: _choice(group, name) for group, name in read.choices.items()}
@@ -120,6 +122,11 @@ def _give_way(read: Overrides) -> None:
         read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
         if "vocab_size" in data:
             brought["data.vocab_size"] = "null"
+    elif "model.type" in read.values:
+        preset = chosen.get("model") or _choice("model", defaults.get("override /model", MODEL))
+        if preset.get("type") != read.values["model.type"].strip("'\""):
+            own = {**preset.get("config", {}), **recipe.get("model", {}).get("config", {})}
+            read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
     read.values = {**brought, **read.values}
 
 

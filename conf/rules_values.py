@@ -15,6 +15,7 @@ from conf.errors import Problem, did_you_mean
 from conf.schema import (
     ACCUMULATION_DTYPES,
     DEVICES,
+    EMPTY,
     OFFLOADS,
     OVERLONG,
     PACKINGS,
@@ -101,6 +102,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "device": DEVICES,
     "data.kind": (*TASK_SOURCES, "mixture"),
     "data.overlong": OVERLONG,
+    "data.empty": EMPTY,
     "data.packing": PACKINGS,
     "precision.name": PRECISIONS,
     "precision.accumulation_dtype": ACCUMULATION_DTYPES,

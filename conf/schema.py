@@ -25,6 +25,7 @@ SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
 TASK_SOURCES = (*SOURCES, "conll", "squad", "lines", "idx", "images", "digits", "line")
 """Kinds of data of all tasks; `SOURCES` are those of a language model, and of its mixtures."""
 OVERLONG = ("truncate", "refuse")
+EMPTY = ("refuse", "skip")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
 OFFLOADS = ("none", "cpu", "nvme")
 DEVICES = ("auto", "cpu", "cuda")
@@ -127,6 +128,9 @@ class DataConfig(SourceConfig):
     """A row has any number of classes."""
     overlong: str = "truncate"
     """What happens to a row longer than `seq_length`: truncate (and count) | refuse."""
+    empty: str = "refuse"
+    """What happens to a row whose text or label is blank (not in causal_lm, which counts them): refuse, with file and
+    line | skip (and count)."""
     stride: int = 64
     """Tokens that neighbouring windows of a long text share (question_answering)."""
     bucketing: bool = True

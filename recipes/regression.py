@@ -108,7 +108,7 @@ class _Numbers(Supervised):
 class NumberRegression(_Numbers):
     """From columns of numbers; by default with one linear layer. Their names stay with the model."""
 
-    UNUSED = (*Supervised.UNUSED, *NO_TEXT, "data.text")
+    UNUSED = (*Supervised.UNUSED, *NO_TEXT, "data.text", "data.empty")
     ARRAYS = {"features": "float32", "target": "float32"}  # noqa: RUF012 - never changed
 
     def check(self) -> list[Problem]:

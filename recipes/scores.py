@@ -176,19 +176,15 @@ def regression_scores(predicted: list[float], targets: list[float]) -> dict[str,
     r2 is not defined for a single row or for targets that are all the same: it is 1 then if every prediction is equal
     to its target, and 0 if not. Raises ValueError for a number that is not finite.
     """
-    import torch
-    from torchmetrics.functional.regression import mean_squared_error, r2_score
+    from sklearn.metrics import mean_squared_error, r2_score
 
     _same_length(predicted, targets)
     if not all(map(math.isfinite, (*predicted, *targets))):
         raise ValueError("a prediction or a target is not a finite number")
-    given, wanted = (torch.tensor(values, dtype=torch.float64) for values in (predicted, targets))
-    scores = {"mse": float(mean_squared_error(given, wanted))}
-    middle, spread = wanted.mean(), wanted.std(correction=0)
-    if min(targets) == max(targets) or spread == 0:  # 0.1 and 0.1 and 0.1 differ from their mean in its last bit
+    scores = {"mse": float(mean_squared_error(targets, predicted))}
+    if min(targets) == max(targets):  # 0.1 and 0.1 and 0.1 differ from their mean in its last bit
         return scores | {"r2": float(predicted == targets)}
-    # torchmetrics 1.9 takes sums of squares below 1e-4 for none at all. Scale and shift do not change r2.
-    return scores | {"r2": float(r2_score((given - middle) / spread, (wanted - middle) / spread))}
+    return scores | {"r2": float(r2_score(targets, predicted))}
 
 
 def _tag_scores(predicted: list[Hashable], labels: list[Hashable]) -> dict[str, float]:

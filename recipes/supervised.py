@@ -35,7 +35,7 @@ FORMAT = 5
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
 OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir")
-GENERAL = (*OF_ALL, "overlong", "bucketing")
+GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
 OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
 """Keys of a source that only language models read, unless a task names them among its own."""
@@ -151,8 +151,9 @@ class Supervised(Recipe):
         kind = getattr(import_module(module), name)
         data = data or self.cfg.data
         wanted = Fields(
-            {name: column for name, column in self.columns().items() if column}, self.check_values, self.is_empty
-        )
+            {name: column for name, column in self.columns().items() if column}, self.check_values, self.is_empty,
+            self.cfg.data.empty == "refuse",
+        )  # fmt: skip
         return kind(data, "data", data.held_out, data.max_files, wanted)
 
     def prepare(self, progress: Progress | None = None) -> None:

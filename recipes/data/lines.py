@@ -9,7 +9,7 @@ from pathlib import Path
 from conf.errors import Problem
 from conf.schema import DataConfig
 from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _lines, open_bytes
-from recipes.data.rows import Meter, Problems, Row
+from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import FileSource, find_files, held_out_row
 
 SIDES = {"path": "target_path", "eval_path": "eval_target_path"}
@@ -61,7 +61,7 @@ class LinesSource(FileSource):
             if unpaired:
                 continue
             for (_, source), (_, target) in zip(self._side(name), self._side(SIDES[name]), strict=True):
-                for number, left, right in pairs(source, target, problems, meter):
+                for number, left, right in pairs(source, target, self.fields, problems, meter):
                     aside = held_out_row(index, self.held_out) if by_row else bool(held_out)
                     yield Row(f"{source}:{number}", aside, {"source": left, "target": right})
                     index += 1
@@ -79,7 +79,9 @@ class LinesSource(FileSource):
         return [Problem(key, value, rule, f"{key}=FILE")]
 
 
-def pairs(source: Path, target: Path, problems: Problems, meter: Meter) -> Iterator[tuple[int, str, str]]:
+def pairs(
+    source: Path, target: Path, fields: Fields, problems: Problems, meter: Meter
+) -> Iterator[tuple[int, str, str]]:
     """(line number, line of `source`, line of `target`) where both decode and neither is blank.
 
     Files of different length are one problem, found before the first pair: every pair after the missing line would be
@@ -106,7 +108,8 @@ def pairs(source: Path, target: Path, problems: Problems, meter: Meter) -> Itera
         if pair[0].strip() and pair[1].strip():
             yield number, *pair
         else:
-            meter.skip("empty rows")
+            blank = [str(file) for file, side in zip((source, target), pair, strict=True) if not side.strip()]
+            fields.leave_out(f"{blank[0]}:{number}", None, problems, meter)
     for _ in right:  # where the last lines of `source` do not decode, those of `target` may not either
         pass
     meter.done = start + size

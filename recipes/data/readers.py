@@ -99,7 +99,7 @@ def good_rows(
             blank = [
                 fields.columns[name] for name, value in content.items() if str(value).strip() in ("", "[]", "None")
             ]
-            meter.skip(f"rows without '{blank[0]}'" if len(blank) == 1 < len(content) else "empty rows")
+            fields.leave_out(where, blank[0] if len(blank) == 1 < len(content) else None, problems, meter)
             continue
         yield number, content
 

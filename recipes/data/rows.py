@@ -82,6 +82,16 @@ class Fields:
     """(content, where, columns) → what is wrong with the values; None: text is text."""
     empty: Callable[[dict[str, Any]], bool] | None = None
     """Whether there is nothing to learn in a row; None: no text."""
+    refuse_empty: bool = False
+    """Such rows are problems; else they are left out, and counted."""
+
+    def leave_out(self, where: str, without: str | None, problems: Problems, meter: Meter) -> None:
+        """An empty row. without: the column that is blank where the others are not."""
+        if self.refuse_empty:
+            rule = f"nothing to learn: column '{without}' is blank" if without else "nothing to learn: it is blank"
+            problems.add(Problem(where, "", rule, "mend the row, or data.empty=skip leaves such rows out, counted"))
+        else:
+            meter.skip(f"rows without '{without}'" if without else "empty rows")
 
     def problems(self, content: dict[str, Any], where: str) -> list[Problem]:
         return (self.check or check_content)(content, where, self.columns)

@@ -263,3 +263,7 @@ def test_another_source_or_model_brings_its_own_settings(tmp_path):
     cfg = compose(["+recipe=mnist", "model=pretrained", "model.path=x/y", path, f"data.target_path={tmp_path}"], 1)
     assert cfg.model.config == {}
     assert compose(["+recipe=classify_packages", "model=pretrained", "model.path=x/y"], 1).data.vocab_size is None
+    wide = ["+recipe=describe_functions", "model.config.d_model=64"]
+    assert compose([*wide, "model.type=t5"], 1).model.config == {"d_model": 64}
+    assert compose([*wide, "model.type=bart"], 1).model.config["encoder_layers"] == 3
+    assert compose(["+recipe=quickstart", "model.type=gpt2"], 1).model.config == {}

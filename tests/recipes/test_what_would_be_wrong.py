@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 import torch
 from test_supervised import TEXTS, config, prepared, refused
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GPTNeoXTokenizer,
+    MarianTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from conf.errors import RequestError
 from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
@@ -25,6 +34,7 @@ from recipes.data.numbers import read_number
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.tokenizer import END_OF_TEXT, add_ends, save_tokenizer, spaces_are_of_words, train_tokenizer
 from recipes.models.attention import check_padding
+from recipes.models.pretrained import WANTED, local_folder
 from recipes.scores import classification_scores
 
 TASK = "sequence_classification"
@@ -71,12 +81,19 @@ def test_spaces_around_a_class_are_not_its_name(tmp_path: Path) -> None:
 
 def test_rows_that_are_left_out_say_what_they_lack(tmp_path: Path) -> None:
     rows = [*TEXTS, {"text": "a", "label": ""}, {"text": " ", "label": 0}, {"text": "", "label": ""}]
-    recipe = prepared(config(tmp_path, TASK, rows))
+    said = refused(config(tmp_path, TASK, rows))
+    assert [f":{line}" in said for line in (25, 26, 27)] == [True] * 3 and "data.empty=skip" in said
+    recipe = prepared(config(tmp_path, TASK, rows, empty="skip"))
     assert recipe.report["skipped"] == {"rows without 'label'": 1, "rows without 'text'": 1, "empty rows": 1}
     inner = [{"translation": {"en": "a", "fr": "b"}}] * 7 + [{"translation": {"en": "a", "fra": "b"}}]
     cfg = config(tmp_path, "translation", inner, source="translation.en", target="translation.fr")
     with pytest.raises(RequestError, match=r"(?s)'translation' of this row has: en, fra.*translation\.fra"):
         prepared(cfg)
+
+
+def test_rows_that_are_cut_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": "word " * (30 if n < 3 else 1), "label": "ab"[n % 2]} for n in range(16)]
+    assert "3 rows truncated to data.seq_length" in prepared(config(tmp_path, TASK, rows, seq_length=8)).said()
 
 
 def test_a_models_head_keeps_its_order(tmp_path: Path) -> None:
@@ -306,7 +323,7 @@ def test_classes_that_every_row_has(tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "label": [n % 2, 1 - n % 2]} for n in range(16)]
     assert "every training row has each of the classes" in refused(config(tmp_path, TASK, rows, multi_label=True))
     blank = [*TEXTS, {"text": "a", "label": "   "}]
-    assert prepared(config(tmp_path, TASK, blank)).labels == ["neg", "pos"]
+    assert prepared(config(tmp_path, TASK, blank, empty="skip")).labels == ["neg", "pos"]
 
 
 def test_features_of_other_columns(tmp_path: Path) -> None:
@@ -357,3 +374,46 @@ def test_words_of_a_text_keep_their_space() -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     found = [PreTrainedTokenizerFast(tokenizer_object=one) for one in (gemma, words)]
     assert [spaces_are_of_words(tokenizer) for tokenizer in (byte_level, *found)] == [True, True, False]
+
+
+def test_a_marian_model_has_a_tokenizer_for_each_side(tmp_path: Path) -> None:
+    """Its two SentencePiece models are among what is fetched from the hub; weights in a pickle are refused."""
+    import sentencepiece
+
+    sides = {"source": ["the red cat", "a blue house"], "target": ["le chat rouge", "une maison bleue"]}
+    folder = tmp_path / "marian"
+    folder.mkdir()
+    pieces: set[str] = set()
+    for side, texts in sides.items():
+        (tmp_path / side).write_text("\n".join(texts * 9))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / side), model_prefix=str(folder / side), vocab_size=28, model_type="char",
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
+        (folder / f"{side}.vocab").unlink()
+        model = sentencepiece.SentencePieceProcessor(model_file=str(folder / f"{side}.spm"))
+        pieces |= {model.id_to_piece(number) for number in range(model.get_piece_size())}
+    names = ["</s>", "<unk>", *sorted(pieces - {"<s>", "</s>", "<unk>"}), "<pad>"]
+    (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    pad = len(names) - 1
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+    marian = AutoConfig.for_model("marian", **size, vocab_size=len(names), decoder_vocab_size=len(names),
+                                  pad_token_id=pad, decoder_start_token_id=pad, eos_token_id=0)  # fmt: skip
+    AutoModelForSeq2SeqLM.from_config(marian).save_pretrained(folder)
+    tokenizer = MarianTokenizer(**{f"{side}_spm": str(folder / f"{side}.spm") for side in ("source", "target")},
+                                vocab=str(folder / "vocab.json"))  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    assert all(any(fnmatch(file.name, one) for one in WANTED) for file in folder.iterdir())
+    rows = [{"source": a, "target": b} for a, b in zip(*sides.values(), strict=True)] * 8
+    cfg = config(tmp_path, "translation", rows, vocab_size=None)
+    cfg.model, cfg.eval.new_tokens = ModelConfig(path=str(folder)), 8
+    recipe = prepared(cfg)
+    row = recipe.train.row(0)
+    target = recipe.tokenizer(text_target=row["reference"].tobytes().decode())["input_ids"]
+    assert row["labels"].tolist() == target and target[-1] == 0 and 1 not in target
+    recipe.save_processor(tmp_path / "saved")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(RequestError, match=r"a pickle, which is never opened \(pytorch_model\.bin\)"):
+        local_folder(cfg.model)
