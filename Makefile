@@ -39,7 +39,7 @@ test-fast: $(VENV)/.installed  ## without real launches and trainings, under two
 test-matrix: $(VENV)/.installed  ## every legal layout against one process, about an hour; writes docs/matrix.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" python tests/distributed/matrix_report.py $(ARGS)
 
-test-long: $(VENV)/.weights  ## every task on real data, half an hour (DATA=FOLDER, see benchmarks/tasks.py)
+test-long: $(VENV)/.weights  ## every task on real data, an hour and a half (DATA=FOLDER, see benchmarks/tasks.py)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/tasks.py $(or $(DATA),../shared/data) $(ARGS)
 
 test-faults: $(VENV)/.installed  ## two hundred deaths at random, a quarter of an hour (ARGS="trials=200 seed=0")
