@@ -18,7 +18,7 @@ from recipes import recipe_class
 pytestmark = pytest.mark.slow
 STEPS, STOP = 20, 10
 CASES = [Case(rows, model, 1, data=2) for rows, models in MODELS.items() for model in models]
-WITH_DROPOUT = ("bert", "bart", "t5", "marian", "llama", "vit", PRETRAINED)
+WITH_DROPOUT = ("bert", "modernbert", "bart", "t5", "marian", "llama", "vit", PRETRAINED)
 TIMES = ("eval_s", "step_s", "tokens_per_s", "peak_memory_bytes")
 
 

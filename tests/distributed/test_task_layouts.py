@@ -89,7 +89,7 @@ class Case:
 
 
 MODELS = {
-    "sequence_classification": ("bert", "llama", PRETRAINED),
+    "sequence_classification": ("bert", "modernbert", "llama", PRETRAINED),
     "sequence_classification: pairs with several classes": ("bert",),
     "token_classification": ("bert", "llama"),
     "question_answering": ("bert",),
@@ -99,10 +99,10 @@ MODELS = {
     "regression: of texts": ("bert",),
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": BERT, "llama": LLAMA, "bart": BART, "t5": T5, "marian": MARIAN, "vit": VIT, "convnext": CNN,
-    "linear_regression": {},
+    "bert": BERT, "modernbert": BERT, "llama": LLAMA, "bart": BART, "t5": T5, "marian": MARIAN, "vit": VIT,
+    "convnext": CNN, "linear_regression": {},
 }  # fmt: skip
-WITH_PLANS = ("bert", "llama", "vit", PRETRAINED)
+WITH_PLANS = ("bert", "modernbert", "llama", "vit", PRETRAINED)
 
 
 def layouts(rows: str, model: str) -> list[Case]:
