@@ -42,7 +42,8 @@ class CausalLM(Recipe):
         from recipes.models.pretrained import local_folder
 
         model, data = self.cfg.model, self.cfg.data
-        if not self.finished and (both := [one for source in open_sources(data) if (one := source.in_both_splits())]):
+        sources = open_sources(data) if not self.finished else []
+        if both := [problem for source in sources if (problem := source.in_both_splits(sources))]:
             raise RequestError(both)
         self._folder = local_folder(model, progress) if model.path else None
         tokenizer = None

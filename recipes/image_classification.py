@@ -53,9 +53,6 @@ class ImageClassification(Supervised):
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
         return []
 
-    def is_empty(self, content: dict[str, Any]) -> bool:
-        return isinstance(content["label"], str) and not content["label"].strip()
-
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         yield self.named(content["label"])
 

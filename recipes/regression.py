@@ -73,9 +73,6 @@ class _Numbers(Supervised):
         scaled = f"; {', '.join(notes)}: numbers of 0 ± 1 are learned much faster, scale them" if notes else ""
         return f"{super().said()}{scaled}"
 
-    def is_empty(self, content: dict[str, Any]) -> bool:
-        return "text" in content and not content["text"].strip()
-
     def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         targets, supervised = np.zeros(size, np.float32), np.zeros(size, bool)
         for number, row in enumerate(rows):
@@ -108,7 +105,7 @@ class _Numbers(Supervised):
 class NumberRegression(_Numbers):
     """From columns of numbers; by default with one linear layer. Their names stay with the model."""
 
-    UNUSED = (*Supervised.UNUSED, *NO_TEXT, "data.text", "data.empty")
+    UNUSED = (*Supervised.UNUSED, *NO_TEXT, "data.text")
     ARRAYS = {"features": "float32", "target": "float32"}  # noqa: RUF012 - never changed
 
     def check(self) -> list[Problem]:

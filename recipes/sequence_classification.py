@@ -47,7 +47,8 @@ class SequenceClassification(TextTask):
             if wrong := wrong_class(label, where, columns["label"], wanted):
                 problems.append(wrong)
                 break
-        if not problems and self._many(content["label"]) and len(set(content["label"])) < len(content["label"]):
+        names = list(self._names(content["label"])) if not problems and self.cfg.data.multi_label else []
+        if len(set(names)) < len(names):
             rule = f"column '{columns['label']}' has a class twice; it must list the classes of the row, each once"
             problems.append(Problem(where, str(content["label"])[:60], rule, '["a", "c"], or [0, 2]'))
         return problems
@@ -59,13 +60,12 @@ class SequenceClassification(TextTask):
             return [Problem("eval.metric", foreign[0], rule, "eval.metric=macro_f1")]
         return super().check_evaluation()
 
+    def _names(self, label: Any) -> list[Any]:
+        """The classes of a row that has any number of them: a list, or names with a | between."""
+        return label if isinstance(label, list) else [name for part in str(label).split("|") if (name := part.strip())]
+
     def _many(self, label: Any) -> bool:
         return self.cfg.data.multi_label and isinstance(label, list)
-
-    def is_empty(self, content: dict[str, Any]) -> bool:
-        label = content["label"]
-        without = isinstance(label, str) and not label.strip() and not self.cfg.data.multi_label  # many may be none
-        return without or not content["text"].strip()
 
     def check_model(self) -> list[Problem]:
         many = self.cfg.data.multi_label
@@ -78,10 +78,8 @@ class SequenceClassification(TextTask):
 
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         label = content["label"]
-        if self._many(label):
-            yield from map(self.named, label)
-        elif self.cfg.data.multi_label:
-            yield from (self.named(name.strip()) for name in str(label).split("|") if name.strip())
+        if self.cfg.data.multi_label:
+            yield from map(self.named, self._names(label))
         else:
             yield self.named(label)
 

@@ -90,8 +90,8 @@ class Supervised(Recipe):
         return check_content(content, where, columns)
 
     def is_empty(self, content: dict[str, Any]) -> bool:
-        """Whether there is nothing to learn in a row; a blank text by default."""
-        return any(isinstance(value, str) and not value.strip() for value in content.values())
+        """Whether there is nothing to learn in a row without a blank column."""
+        return False
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
@@ -152,7 +152,7 @@ class Supervised(Recipe):
         data = data or self.cfg.data
         wanted = Fields(
             {name: column for name, column in self.columns().items() if column}, self.check_values, self.is_empty,
-            self.cfg.data.empty == "refuse",
+            ("label",) if self.cfg.data.multi_label else (), self.cfg.data.empty == "refuse",
         )  # fmt: skip
         return kind(data, "data", data.held_out, data.max_files, wanted)
 

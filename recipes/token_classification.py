@@ -61,7 +61,7 @@ class TokenClassification(TextTask):
         return []
 
     def is_empty(self, content: dict[str, Any]) -> bool:
-        return not content["tokens"]
+        return not any(token.strip() for token in content["tokens"])
 
     def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
         yield from map(self.named, content["tags"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class HubSource(Source):
             Problem(f"{self.key}.name", "null", "hub data needs the name of a data set", f"{self.key}.name=OWNER/NAME")
         ]
 
-    def in_both_splits(self) -> Problem | None:
+    def in_both_splits(self, others: Sequence[Source] = ()) -> Problem | None:
         if self.config.eval_split != self.config.split:
             return None
         rule = "this is the training split, too: held-out rows would be learned"

@@ -90,16 +90,19 @@ def good_rows(
                 problems.add(Problem(where, "", rule, f"did you mean '{near}'?" if near else ""))
         if not complete:
             continue
+        if blank := fields.blank(content):
+            fields.leave_out(where, blank[0] if len(blank) < len(content) else None, problems, meter)
+            continue
         broken = fields.problems(content, where)
         for problem in broken:
             problems.add(problem)
         if broken:
             continue
         if fields.is_empty(content):
-            blank = [
+            without = [
                 fields.columns[name] for name, value in content.items() if str(value).strip() in ("", "[]", "None")
             ]
-            fields.leave_out(where, blank[0] if len(blank) == 1 < len(content) else None, problems, meter)
+            fields.leave_out(where, without[0] if len(without) == 1 < len(content) else None, problems, meter)
             continue
         yield number, content
 

@@ -82,8 +82,19 @@ class Fields:
     """(content, where, columns) → what is wrong with the values; None: text is text."""
     empty: Callable[[dict[str, Any]], bool] | None = None
     """Whether there is nothing to learn in a row; None: no text."""
+    may_be_blank: tuple[str, ...] | None = ()
+    """Names whose value may be null or blank; None: all, which the checks see."""
     refuse_empty: bool = False
     """Such rows are problems; else they are left out, and counted."""
+
+    def blank(self, content: dict[str, Any]) -> list[str]:
+        """The columns of a row that have no value and need one."""
+        if self.may_be_blank is None:
+            return []
+        return [
+            self.columns[name] for name, value in content.items()
+            if name not in self.may_be_blank and (value is None or (isinstance(value, str) and not value.strip()))
+        ]  # fmt: skip
 
     def leave_out(self, where: str, without: str | None, problems: Problems, meter: Meter) -> None:
         """An empty row. without: the column that is blank where the others are not."""
@@ -102,7 +113,7 @@ class Fields:
 
 def text_fields(source: SourceConfig) -> Fields:
     """Those of a language model: text, prompt and completion, or messages."""
-    return Fields(column_keys(source))
+    return Fields(column_keys(source), may_be_blank=None)
 
 
 def value_of(record: dict[str, Any], column: str) -> Any:

@@ -10,7 +10,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conf.errors import Problem, RequestError, did_you_mean
@@ -51,8 +51,8 @@ class Source:
         """Bytes (files) or rows (hub): the total that `Meter.done` runs up to."""
         raise NotImplementedError
 
-    def in_both_splits(self) -> Problem | None:
-        """What is trained on and held out at once. Raises what `files` does."""
+    def in_both_splits(self, others: Sequence[Source] = ()) -> Problem | None:
+        """What is held out here and trained on here, or by one of the other sources. Raises what `files` does."""
         return None
 
     def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
@@ -63,11 +63,14 @@ class Source:
 class FileSource(Source):
     """Files of `path` (both splits), or of `path` (training) and `eval_path` (held out)."""
 
-    def in_both_splits(self) -> Problem | None:
-        trained = {path.resolve() for _, path in self.files(False)}
+    def in_both_splits(self, others: Sequence[Source] = ()) -> Problem | None:
+        trained = {
+            _identity(path): source.key
+            for source in (self, *others) if isinstance(source, FileSource) for _, path in source.files(False)
+        }  # fmt: skip
         for name, path in self.files(True):
-            if path.resolve() in trained:
-                rule = f"{name} is among the training files of {self.key}.path, too: held-out rows would be learned"
+            if key := trained.get(_identity(path)):
+                rule = f"{name} is among the training files of {key}.path, too: held-out rows would be learned"
                 return Problem(f"{self.key}.eval_path", str(self.config.eval_path), rule, "files of its own, or null")
         return None
 
@@ -268,6 +271,12 @@ def check(data: DataConfig) -> list[Problem]:
 def rows(source: Source, held_out: bool, problems: Problems, meter: Meter) -> Iterator[Row]:
     """The training or the held-out rows of a source, read lazily."""
     return (row for row in source.read(problems, meter) if row.held_out == held_out)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for all names of a file, links of both kinds."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def held_out_row(index: int, share: float) -> bool:

@@ -45,7 +45,7 @@ class SquadSource(FileSource):
             seen: dict[str, str] = {}
             for _, path in self.files(held_out):
                 for article in articles(path, problems):
-                    for where, content in questions(article, not held_out, seen, problems, meter):
+                    for where, content in questions(article, not held_out, seen, problems, meter, self._skips):
                         yield Row(where, held_out, content)
                 meter.done += path.stat().st_size
 
@@ -53,7 +53,7 @@ class SquadSource(FileSource):
         found = [article for _, path in self.files(False) for article in articles(path, problems)]
         seen: dict[str, str] = {}
         if len(found) == 1:
-            rows = list(questions(found[0], True, seen, problems, meter))
+            rows = list(questions(found[0], True, seen, problems, meter, self._skips))
             if len(rows) == 1:
                 rule = "a single question cannot be split, the last ones are held out"
                 problems.add(Problem(f"{self.key}.path", str(self.config.path), rule, f"{self.key}.eval_path=FILE"))
@@ -63,10 +63,14 @@ class SquadSource(FileSource):
                 yield Row(where, number >= cut, content)
         cut, total = self._cut(len(found)), self.size()
         for number, article in enumerate(found if len(found) > 1 else []):
-            for where, content in questions(article, True, seen, problems, meter):
+            for where, content in questions(article, True, seen, problems, meter, self._skips):
                 yield Row(where, number >= cut, content)
             meter.done = total * (number + 1) // len(found)
         meter.done = total
+
+    @property
+    def _skips(self) -> bool:
+        return getattr(self.config, "empty", None) == "skip"
 
     def _cut(self, count: int) -> int:
         """How many of `count` (two or more) train: at least one, and one less than all at most."""
@@ -113,22 +117,27 @@ def articles(path: Path, problems: Problems) -> list[Article]:
 
 
 def questions(
-    article: Article, trained: bool, seen: dict[str, str], problems: Problems, meter: Meter
+    article: Article, trained: bool, seen: dict[str, str], problems: Problems, meter: Meter, skip: bool = False
 ) -> Iterator[tuple[str, Content]]:
     """(where, content) of each question of an article that is right; the broken ones go to `problems`.
 
     trained: of the training split, where an answerable question needs an answer; elsewhere one without is left out
     and counted, because it could only be scored as unanswerable. seen: id → place of the questions of this split.
+    skip: questions that are blank, or whose context is, are counted instead.
     """
     paragraphs = _part(article.value, "paragraphs", list, article.place, problems)
     title = article.value.get("title") if isinstance(article.value, dict) else None
     suffix = f" ({title})" if isinstance(title, str) and 0 < len(title) <= SHOWN else ""
     for number, paragraph in enumerate(paragraphs or []):
         place = f"{article.place}.paragraphs[{number}]"
-        context = _text(paragraph, "context", place, problems)
+        blank = skip and _is_blank(paragraph, "context")
+        context = "" if blank else _text(paragraph, "context", place, problems)
         asked = _part(paragraph, "qas", list, place, problems) if isinstance(paragraph, dict) else None
         for index, record in enumerate(asked or []):
             inside = f"{place}.qas[{index}]"
+            if blank or (skip and _is_blank(record, "question")):
+                meter.skip(f"rows without '{'context' if blank else 'question'}'")
+                continue
             name = _text(record, "id", inside, problems)
             question = _text(record, "question", inside, problems) if isinstance(record, dict) else None
             if name is None or question is None or context is None:
@@ -196,6 +205,11 @@ def misplaced(text: str, start: int, context: str, where: str) -> Problem | None
     if not places:
         return Problem(where, "", f"{rule}; the context does not have it anywhere")
     return Problem(where, "", rule, f'"answer_start": {min(places, key=lambda place: abs(place - start))}')
+
+
+def _is_blank(record: Any, name: str) -> bool:
+    value = record.get(name, False) if isinstance(record, dict) else False
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _text(record: Any, name: str, place: str, problems: Problems) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -58,7 +59,8 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
         near = did_you_mean(model_type, CONFIG_MAPPING)
         rule = "not a model family of transformers"
         raise RequestError(Problem("model.type", model_type, rule, f"model.type={near}" if near else "")) from None
-    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES, *SPECIAL} - {"model_type", "use_cache"}
+    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES, *SPECIAL, *_read_if_there(known)}
+    names -= {"model_type", "use_cache"}
     wrong = [
         Problem(f"model.config.{key}", str(value), f"{model_type} has no such attribute", _near(key, names))
         for key, value in config.items()
@@ -70,6 +72,16 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
         return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
     except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
         raise RequestError(_refused(model_type, error)) from None
+
+
+def _read_if_there(config: PretrainedConfig) -> set[str]:
+    """Attributes that a family's code reads where a configuration has them, and that no configuration has by default.
+
+    DeBERTa-v2's `position_buckets`, for one, which each of its published models sets.
+    """
+    code = Path(inspect.getfile(type(config)))
+    code = code.with_name(code.name.replace("configuration_", "modeling_"))
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', code.read_text())) if code.is_file() else set()
 
 
 def set_dropout(config: PretrainedConfig, probability: float | None) -> PretrainedConfig:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from conf.errors import RequestError
-from conf.schema import BatchConfig, Config, DataConfig, ModelConfig
+from conf.schema import BatchConfig, Config, DataConfig, ModelConfig, SourceConfig
 from launch.evaluate import _seen
 from launch.runtime.export import convert
 from launch.runtime.session import _kept
@@ -69,6 +69,9 @@ def test_of_two_texts_the_longer_one_is_cut(tmp_path: Path) -> None:
 def test_classes_that_are_written_as_zeros_and_ones(tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "label": [n % 2, 1, 0, 1]} for n in range(16)]
     assert "has a class twice" in refused(config(tmp_path, TASK, rows, multi_label=True))
+    for label in ("0|1|0", "a|a|b"):
+        written = [{"text": f"text {n}", "label": label} for n in range(16)]
+        assert "has a class twice" in refused(config(tmp_path, TASK, written, multi_label=True))
     single = recipe_class(TASK)(config(tmp_path, TASK, rows))
     with pytest.raises(RequestError, match=r"data\.multi_label=true"):
         single.prepare()
@@ -85,6 +88,14 @@ def test_rows_that_are_left_out_say_what_they_lack(tmp_path: Path) -> None:
     assert [f":{line}" in said for line in (25, 26, 27)] == [True] * 3 and "data.empty=skip" in said
     recipe = prepared(config(tmp_path, TASK, rows, empty="skip"))
     assert recipe.report["skipped"] == {"rows without 'label'": 1, "rows without 'text'": 1, "empty rows": 1}
+    pairs = [{**row, "other": "b" if n else ""} for n, row in enumerate(TEXTS)]
+    assert "column 'other' is blank" in refused(config(tmp_path, TASK, pairs, pair="other"))
+    tokens = [{"tokens": ["a", "b"], "tags": ["X", "Y"]}] * 8 + [{"tokens": [" ", "\t"], "tags": ["X", "Y"]}]
+    assert ":9" in refused(config(tmp_path, "token_classification", tokens))
+    nothing = [*TEXTS, {"text": None, "label": "pos"}, {"text": "a", "label": None}]
+    assert ":25" in refused(config(tmp_path, TASK, nothing))
+    skipped = prepared(config(tmp_path, TASK, nothing, empty="skip")).report["skipped"]
+    assert skipped == {"rows without 'label'": 1, "rows without 'text'": 1}
     inner = [{"translation": {"en": "a", "fr": "b"}}] * 7 + [{"translation": {"en": "a", "fra": "b"}}]
     cfg = config(tmp_path, "translation", inner, source="translation.en", target="translation.fr")
     with pytest.raises(RequestError, match=r"(?s)'translation' of this row has: en, fra.*translation\.fra"):
@@ -289,9 +300,19 @@ def test_rows_that_are_trained_on_and_held_out(tmp_path: Path) -> None:
     cfg = config(tmp_path, TASK, TEXTS, eval_path=str(tmp_path / "folder/dev.jsonl"))
     cfg.data.path = str(tmp_path / "folder")
     assert "dev.jsonl is among" in refused(cfg)
+    (tmp_path / "linked.jsonl").hardlink_to(tmp_path / "rows.jsonl")
+    linked = config(tmp_path, TASK, TEXTS, eval_path=str(tmp_path / "linked.jsonl"))
+    assert "is among the training files" in refused(linked)
     cfg = config(tmp_path, "causal_lm", TEXTS)
     cfg.data.eval_path = cfg.data.path
     with pytest.raises(RequestError, match="is among the training files"):
+        recipe_class("causal_lm")(cfg).prepare()
+    first, second = tmp_path / "rows.jsonl", tmp_path / "again.jsonl"
+    second.write_text(first.read_text() + "\n")
+    parts = [SourceConfig(kind="jsonl", path=str(first), eval_path=str(second)),
+             SourceConfig(kind="jsonl", path=str(second), eval_path=str(tmp_path / "folder/dev.jsonl"))]  # fmt: skip
+    cfg.data = DataConfig(kind="mixture", mixture=parts, cache_dir=str(tmp_path / "cache"), seq_length=8)
+    with pytest.raises(RequestError, match=r"again\.jsonl is among the training files of data\.mixture\[1\]"):
         recipe_class("causal_lm")(cfg).prepare()
     hub = DataConfig(kind="hub", name="x", split="train", eval_split="train")
     assert "is the training split" in str(HubSource(hub, "data", 0.1, None).in_both_splits())

@@ -157,7 +157,7 @@ def test_hub_names_the_classes_of_columns_of_classes(config, tmp_path, monkeypat
     rows = {"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], [1]]}
     (tmp_path / "set").mkdir()
     Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "train.parquet")
-    fields = Fields({"label": "label", "tags": "tags"}, lambda content, where, columns: [], lambda content: False)
+    fields = Fields({"label": "label", "tags": "tags"}, lambda content, where, columns: [], lambda content: False, None)
     source = HubSource(config(kind="hub", name=str(tmp_path / "set")), "data", 0.5, None, fields)
     found = [row.content for row in source.read(Problems(), Meter())]
     assert found == [{"label": "pos", "tags": ["O", "B-PER"]}, {"label": None, "tags": ["B-PER"]}]
