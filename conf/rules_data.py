@@ -135,8 +135,9 @@ def nearest_path(path: Path) -> Path:
     """The existing path most like `path`: a sibling of similar name, else the folder that does exist."""
     parent = next((folder for folder in path.parents if folder.is_dir()), Path("."))
     part = path.relative_to(parent).parts[0]
-    near = did_you_mean(part, sorted(entry.name for entry in parent.iterdir()))
-    return parent / near
+    stems = {entry.stem: entry.name for entry in sorted(parent.iterdir())}  # two names are not alike by their `.csv`
+    near = did_you_mean(Path(part).stem, stems)
+    return parent / stems[near] if near else parent
 
 
 def positions(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

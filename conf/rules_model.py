@@ -20,13 +20,17 @@ WIDTHS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("num_at
 COUNTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
 COUNTS |= {"num_key_value_heads", "n_embd", "n_layer", "n_head", "n_inner", *POSITIONS}
 
+SMALL = {"causal_lm": "llama_60m", "translation": "bart_8m", "image_classification": "cnn_tiny"}
+"""A model to begin with; bert_4m for what is not here."""
+
 
 def origin(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A model is either new (type and config) or pretrained (path)."""
     model = cfg.model
     if model.type is None and model.path is None:
         rule = "say which pretrained model, or choose one to train from scratch"
-        yield Problem("model.path", "null", rule, "model.path=FOLDER_OR_HUB_NAME, or model=llama_60m")
+        small = SMALL.get(cfg.task, "bert_4m")
+        yield Problem("model.path", "null", rule, f"model.path=FOLDER_OR_HUB_NAME, or model={small}")
     elif model.type is not None and model.path is not None:
         rule = f"model.path={model.path} is given too, and a model is new or pretrained, not both"
         yield Problem("model.type", model.type, rule, f"model=pretrained model.path={model.path}")

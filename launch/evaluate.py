@@ -1,6 +1,11 @@
 """A saved model's metrics on held-out rows: `python launch/evaluate.py MODEL +recipe=NAME key=value … [out=FILE]`.
 
-MODEL is a run directory, its `model/`, another folder or a hub name; `out=` takes the predictions as JSON lines.
+MODEL is a run directory, its `model/`, another folder or a hub name; `out=` takes the predictions as JSON lines. The
+held-out rows are those of `data.eval_path` (or `data.eval_split`), else the share `data.held_out` of its training:
+
+    python launch/evaluate.py runs/sst2 +recipe=sst2 data.path=train.tsv data.eval_path=dev.tsv
+
+Groups and keys are those of `python launch/train.py --help`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Show what a run will be without starting it: `python launch/plan.py +recipe=NAME world_size=8 [format=json] …`.
 
+Layout, batch, memory of each rank, bytes sent, bubble, and the engine's configuration.
 `search=true` lists all layouts of that many ranks, fastest predicted first (`rate=` FLOP/s and `bandwidth=` bytes/s of
 a rank), and why the others are illegal.
 """
@@ -33,7 +34,12 @@ OWN = {"world_size": "1", "format": "table", "search": "false", "rate": "", "ban
 
 
 def main(argv: list[str]) -> int:
-    request = read_request(argv, COMMAND, OWN)
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nGroups and keys are those of `python launch/train.py --help`.")
+        return 0
+    # Nothing is written: a run directory that holds a run is no obstacle.
+    named = {word.partition("=")[0].lstrip("+") for word in argv}
+    request = read_request([*argv, *([] if named & {"resume", "overwrite"} else ["overwrite=true"])], COMMAND, OWN)
     wanted = request.own["format"]
     for key, choices in (("format", FORMATS), ("search", ("false", "true"))):
         if request.own[key] not in choices:

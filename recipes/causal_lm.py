@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 NATS_PER_BIT = math.log(2)
-DEFAULT_VOCABULARY = 8192
 
 
 class CausalLM(Recipe):
@@ -38,7 +37,7 @@ class CausalLM(Recipe):
         from recipes.data.cache import prepare
         from recipes.data.order import check_size
         from recipes.data.sources import open_sources
-        from recipes.data.tokenizer import load_tokenizer
+        from recipes.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
         from recipes.models.pretrained import local_folder
 
         model, data = self.cfg.model, self.cfg.data

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-DEFAULT_VOCABULARY = 8192
-
 
 class TextTask(Supervised):
     """Examples with `input_ids`; a micro-batch is padded to the longest of its rows, rounded up to a multiple of 8."""
@@ -43,7 +41,7 @@ class TextTask(Supervised):
 
     def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
         from recipes.data.cache import trained_tokenizer
-        from recipes.data.tokenizer import add_ends, load_tokenizer, tokenizer_digest
+        from recipes.data.tokenizer import DEFAULT_VOCABULARY, add_ends, load_tokenizer, tokenizer_digest
 
         model, data = self.cfg.model, self.cfg.data
         if model.tokenizer:

@@ -342,8 +342,9 @@ def _nothing_there(key: str, value: str, path: Path) -> Problem:
         return Problem(key, value, "no file matches this pattern", f"{key}='FOLDER/**/*' (quoted)")
     parent = next((folder for folder in path.parents if folder.is_dir()), Path("."))
     part = path.relative_to(parent).parts[0]
-    near = did_you_mean(part, sorted(entry.name for entry in parent.iterdir()))
-    nearest = f"{key}={parent / near}" if near else f"a path below {parent.resolve()}"
+    stems = {entry.stem: entry.name for entry in sorted(parent.iterdir())}  # two names are not alike by their `.csv`
+    near = did_you_mean(Path(part).stem, stems)
+    nearest = f"{key}={parent / stems[near]}" if near else f"a path below {parent.resolve()}"
     return Problem(key, value, "there is no such file or folder", nearest)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
+DEFAULT_VOCABULARY = 8192
+"""Entries of a tokenizer that is trained on the data, where neither data nor model say how many."""
 SPACE = "▁"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 

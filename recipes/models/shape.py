@@ -167,15 +167,17 @@ def model_shape(
 
 def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     """The transformers configuration; a new model without a vocabulary gets that of the tokenizer to be trained."""
-    from transformers import AutoConfig
-
+    from recipes.data.tokenizer import DEFAULT_VOCABULARY
     from recipes.models.build import scratch_config, set_dropout
     from recipes.models.pretrained import pretrained_config
 
     if model.path is None:
-        wanted = "vocab_size" not in model.config and hasattr(AutoConfig.for_model(str(model.type)), "vocab_size")
-        vocabulary = {"vocab_size": data.vocab_size or 4096} if wanted else {}
-        return set_dropout(scratch_config(str(model.type), {**model.config, **vocabulary}), model.dropout)
+        config = scratch_config(str(model.type), model.config)
+        if "vocab_size" not in model.config and hasattr(config, "vocab_size"):
+            config = scratch_config(
+                str(model.type), {**model.config, "vocab_size": data.vocab_size or DEFAULT_VOCABULARY}
+            )
+        return set_dropout(config, model.dropout)
 
     config = pretrained_config(model)
     config.use_cache = False

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch/plan.py"), *arguments]
-    # Not here: the user's own runs/quickstart would be in the way.
     return subprocess.run(command, cwd=cwd or tempfile.mkdtemp(), capture_output=True, text=True, check=False)
 
 
@@ -41,6 +40,16 @@ def test_json_is_one_object_and_adds_up(tmp_path: Path) -> None:
     assert got["engine"]["train_batch_size"] == got["batch"]["global_size"]
     assert got["engine"]["zero_optimization"]["stage"] == 2
     assert not list(tmp_path.iterdir()), "planning writes nothing"
+
+
+def test_a_run_directory_that_is_taken_is_no_obstacle(tmp_path: Path) -> None:
+    run = tmp_path / "runs/quickstart"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (run / "summary.json").write_text("{}")
+    done = plan("+recipe=quickstart", "format=json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in run.iterdir()) == ["metrics.jsonl", "summary.json"]
 
 
 def test_a_decoder_that_translates_has_rows_of_two_sides() -> None:
