@@ -104,7 +104,7 @@ def test_the_best_model_is_kept_and_training_stops(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_digits(tmp_path: Path) -> None:
-    done = run(["python", TRAIN, "+recipe=digits"], tmp_path, environment(tmp_path))
+    done = run(["python", TRAIN, "+recipe=digits", "train.threads=1"], tmp_path, environment(tmp_path))
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/digits/summary.json").read_text())
     assert summary["held_out"]["accuracy"] >= 0.97 and len(summary["per_label"]) == 10
@@ -141,7 +141,7 @@ def test_a_translator_is_judged_as_in_training(tmp_path: Path) -> None:
         "+recipe=multi30k", "data=csv", "data.path=pairs.tsv", r"data.delimiter='\t'", "data.held_out=0.2",
         "model.type=t5", "model.config={d_model: 32, d_kv: 8, d_ff: 64, num_layers: 1, num_heads: 4}",
         "data.vocab_size=300", "data.seq_length=16", "batch.global_size=8", "train.epochs=null", "train.steps=30",
-        "scheduler.warmup_steps=3", "eval.new_tokens=12",
+        "scheduler.warmup_steps=3", "eval.new_tokens=12", "train.threads=1",
     ]  # fmt: skip
     done = run(["python", TRAIN, *command], tmp_path, env)
     assert done.returncode == 0, done.stderr + done.stdout
