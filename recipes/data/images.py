@@ -110,7 +110,7 @@ class ImageFolderSource(FileSource):
     Sizes may differ. A grey image (Pillow's mode "L", or 16 bits) has one channel; all others become RGB, which drops
     transparency. Of an animation the first frame counts; a photograph is turned as its EXIF orientation says.
 
-    Without `eval_path` the split is by file (`held_out_files` over relative names), except that a class with one image
+    Without `eval_path` the split is by file (by the hash of its relative name), except that a class with one image
     only trains, and that one image of each class always does.
     """
 

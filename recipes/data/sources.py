@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conf.errors import Problem, RequestError, did_you_mean
+from conf.rules_data import nearest_path
 from conf.schema import DataConfig, SourceConfig
 from recipes.data.readers import delimiter, first_columns, read_document, read_python, read_records
 from recipes.data.rows import Fields, Meter, Problems, Row, column_keys, missing_columns, text_fields
@@ -340,11 +341,8 @@ def _wanted(kind: str, file: Path, root: Path) -> bool:
 def _nothing_there(key: str, value: str, path: Path) -> Problem:
     if glob.has_magic(value):
         return Problem(key, value, "no file matches this pattern", f"{key}='FOLDER/**/*' (quoted)")
-    parent = next((folder for folder in path.parents if folder.is_dir()), Path("."))
-    part = path.relative_to(parent).parts[0]
-    stems = {entry.stem: entry.name for entry in sorted(parent.iterdir())}  # two names are not alike by their `.csv`
-    near = did_you_mean(Path(part).stem, stems)
-    nearest = f"{key}={parent / stems[near]}" if near else f"a path below {parent.resolve()}"
+    found = nearest_path(path)
+    nearest = f"a path below {found.resolve()}" if found in path.parents else f"{key}={found}"
     return Problem(key, value, "there is no such file or folder", nearest)
 
 
