@@ -34,7 +34,8 @@ from benchmarks.report import run
 from conf.compose import compose
 from conf.schema import Config
 from recipes.data.sources import held_out_row
-from recipes.models.build import package_folder, set_dropout
+from recipes.models.configuration import set_dropout
+from recipes.models.pretrained import package_folder
 
 ACCURACY = "accuracy"
 

@@ -64,14 +64,14 @@ class CausalLM(Recipe):
 
     def _check_model(self) -> list[Problem]:
         """What only the model's own configuration can tell: whether it can be built, its vocabulary, its positions."""
-        from recipes.models.build import check_buildable, check_text
+        from recipes.models.configuration import check_buildable, check_text
 
         config = self.model_config()
         problems = check_buildable(self.hf_class(), config, self.cfg.model, self.cfg.parallel)
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def model_config(self) -> PretrainedConfig:
-        from recipes.models.build import scratch_config, set_dropout
+        from recipes.models.configuration import scratch_config, set_dropout
         from recipes.models.pretrained import pretrained_config
 
         if self._folder:

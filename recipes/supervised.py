@@ -311,7 +311,7 @@ class Supervised(Recipe):
     # Model
 
     def model_config(self) -> PretrainedConfig:
-        from recipes.models.build import scratch_config, set_dropout
+        from recipes.models.configuration import scratch_config, set_dropout
         from recipes.models.pretrained import pretrained_config
 
         if self._folder:
@@ -335,7 +335,7 @@ class Supervised(Recipe):
 
     def check_model(self) -> list[Problem]:
         """What only the model's own configuration can tell."""
-        from recipes.models.build import check_buildable
+        from recipes.models.configuration import check_buildable
 
         return check_buildable(self.hf_class(), self.model_config(), self.cfg.model, self.cfg.parallel)
 

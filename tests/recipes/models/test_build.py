@@ -109,6 +109,37 @@ def test_what_is_placed_is_final(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), placed.parameters(), strict=True))
 
 
+HEADS = {
+    "t5": (AutoModelForSequenceClassification, T5), "bart": (AutoModelForQuestionAnswering, BART),
+    "modernbert": (AutoModelForSequenceClassification, {**ENCODER, "pad_token_id": 0}),
+    "bert": (AutoModelForSequenceClassification, ENCODER), "roberta": (AutoModelForTokenClassification, ENCODER),
+    "deberta-v2": (AutoModelForSequenceClassification, ENCODER), "gpt2": (AutoModelForTokenClassification, GPT2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_new_head_begins_as_the_family_has_it(family: str, tmp_path: Path) -> None:
+    """T5 initialises a classifier from its head: layer by layer its weights would be eight times as large."""
+    hf_class, given = HEADS[family]
+    special = {"vocab_size": 301, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "num_labels": 3}
+    made = AutoConfig.for_model(family, **{**special, **given})
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": None}
+    base = from_scratch(AutoModel, made, seed=1, **settings)
+    base.save_pretrained(tmp_path)
+    seen = []
+    found = from_pretrained(
+        hf_class, tmp_path, config=made, new_head_seed=0, **settings,
+        place=lambda part: seen.extend((p, p.clone()) for p in part),
+    )  # fmt: skip
+    whole = from_scratch(hf_class, made, seed=0, **settings)
+    prefix, kept = f"{found.base_model_prefix}.", dict(base.named_parameters())
+    for name, parameter in found.named_parameters():
+        loaded = kept.get(name.removeprefix(prefix))
+        assert torch.equal(parameter, whole.get_parameter(name) if loaded is None else loaded), name
+    assert sorted(id(p) for p, _ in seen) == sorted(id(p) for p in found.parameters())
+    assert all(torch.equal(parameter, value) for parameter, value in seen)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_never_more_than_one_block_is_whole(family: str) -> None:
     """`place` may shard what it gets: each parameter comes by exactly once, no two blocks at a time."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from recipes.models.build import from_pretrained, from_scratch, scratch_config
+from recipes.models.build import from_pretrained, from_scratch
+from recipes.models.configuration import scratch_config
 from recipes.models.linear import LinearConfig, LinearModel
 
 

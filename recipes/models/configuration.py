@@ -1,0 +1,120 @@
+"""The transformers configuration of a model: a new one, its dropout, and what can be told before it is built."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from conf.errors import Problem, RequestError, did_you_mean
+from conf.schema import ModelConfig, ParallelConfig
+
+OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""Taken by transformers 5 and kept under other names."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Every configuration may have them, though some families (CodeGen) do not name all of them."""
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer", "data2vec-text")
+"""Families whose positions begin behind the number of the padding token."""
+
+
+def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
+    """The transformers configuration of a new model: `config` over the defaults of its family.
+
+    Raises RequestError for an unknown family, an attribute that the family does not have (transformers would keep it,
+    and nothing would read it), or a value that it refuses.
+    """
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        near = did_you_mean(model_type, CONFIG_MAPPING)
+        rule = "not a model family of transformers"
+        raise RequestError(Problem("model.type", model_type, rule, f"model.type={near}" if near else "")) from None
+    names = {*known.to_dict(), *type(known).attribute_map, *OLDER_NAMES, *SPECIAL, *_read_if_there(known)}
+    names -= {"model_type", "use_cache"}
+    wrong = [
+        Problem(f"model.config.{key}", str(value), f"{model_type} has no such attribute", _near(key, names))
+        for key, value in config.items()
+        if key not in names
+    ]
+    if wrong:
+        raise RequestError(wrong)
+    try:
+        return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
+    except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
+        raise RequestError(_refused(model_type, error)) from None
+
+
+def _read_if_there(config: PretrainedConfig) -> set[str]:
+    """Attributes that a family's code reads where a configuration has them, and that no configuration has by default.
+
+    DeBERTa-v2's `position_buckets`, for one, which each of its published models sets.
+    """
+    code = Path(inspect.getfile(type(config)))
+    code = code.with_name(code.name.replace("configuration_", "modeling_"))
+    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', code.read_text())) if code.is_file() else set()
+
+
+def set_dropout(config: PretrainedConfig, probability: float | None) -> PretrainedConfig:
+    """Every dropout of a configuration (attention, hidden states, embeddings, head), in place; None: as it is.
+
+    Raises RequestError when the family has none to set.
+    """
+    if probability is None:
+        return config
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int | float | None)}
+    names = [name for name in numbers if "dropout" in name or name.endswith("pdrop")]
+    names = [name for name in names if not isinstance(numbers[name], bool)]
+    if not names and probability:
+        rule = f"{config.model_type} has no dropout"
+        raise RequestError(Problem("model.dropout", str(probability), rule, "model.dropout=null"))
+    # transformers 5.23: taggers of decoders drop a tenth before the head where their configuration has no word of it.
+    for name in (*names, "classifier_dropout"):
+        setattr(config, name, probability)
+    return config
+
+
+def check_buildable(
+    hf_class: Any, config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
+) -> list[Problem]:
+    """What keeps a model from being built and divided as asked, shown on the meta device: no memory, no weights."""
+    from recipes.models.layouts import problems
+
+    try:
+        with torch.device("meta"):
+            network = hf_class.from_config(config, attn_implementation=model.attention)
+    except Exception as error:  # as above: whatever a family raises for its own configuration
+        return [_refused(config.model_type, error)]
+    return problems(network, parallel)
+
+
+def check_text(config: PretrainedConfig, tokenizer: Any, seq_length: int) -> list[Problem]:
+    """Whether the tokens of a tokenizer have rows in the embedding, and the rows of the data positions in the model."""
+    text = config.get_text_config()
+    problems = []
+    if len(tokenizer) > text.vocab_size:
+        rule = f"the tokenizer has {len(tokenizer)} tokens, more than the embedding has rows"
+        nearest = f"model.config.vocab_size={-(-len(tokenizer) // 64) * 64} or a tokenizer of that size"
+        problems.append(Problem("model.config.vocab_size", str(text.vocab_size), rule, nearest))
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions and text.model_type in OFFSET_POSITIONS:
+        positions -= (text.pad_token_id or 0) + 1
+    if positions and seq_length > positions:
+        rule = f"the model has {positions} positions"
+        problems.append(Problem("data.seq_length", str(seq_length), rule, f"data.seq_length={positions}"))
+    return problems
+
+
+def _near(key: str, names: set[str]) -> str:
+    near = did_you_mean(key, names)
+    return f"model.config.{near}" if near else ""
+
+
+def _refused(model_type: str, error: Exception) -> Problem:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return Problem(
+        "model.config", model_type, f"transformers cannot build this model: {type(error).__name__}: {reason}"
+    )
