@@ -31,8 +31,6 @@ ConfigStore.instance().store(name="config_schema", node=Config)
 
 OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "empty", "stride", "cache_dir")
 """Keys of `data` that say what is done with rows, whatever source they come from."""
-MODEL = "llama_4m"
-"""The choice in conf/config.yaml."""
 
 
 def compose(overrides: Iterable[str], world_size: int, environment: Environment | None = None) -> Config:
@@ -106,13 +104,13 @@ def _give_way(read: Overrides) -> None:
     chosen = {group: _choice(group, name) for group, name in read.choices.items()}
     recipe = chosen["recipe"]
     data = recipe.get("data", {})
-    defaults = {k: v for entry in recipe.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
+    defaults = {**_defaults(_choice("", "config")), **_defaults(recipe)}
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
         if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
             brought[f"train.{theirs}"] = "null"
     if "held_out" in data and {"data.eval_path", "data.eval_split"} & read.values.keys():
         brought["data.held_out"] = str(DataConfig.held_out)
-    if "optimizer" in chosen and read.choices["optimizer"] != defaults.get("override /optimizer"):
+    if "optimizer" in chosen and read.choices["optimizer"] != defaults["optimizer"]:
         brought["optimizer.lr"] = str(chosen["optimizer"]["lr"])
     if "data" in chosen:
         plain = {**asdict(DataConfig()), **chosen["data"]}
@@ -123,11 +121,17 @@ def _give_way(read: Overrides) -> None:
         if "vocab_size" in data:
             brought["data.vocab_size"] = "null"
     elif "model.type" in read.values:
-        preset = chosen.get("model") or _choice("model", defaults.get("override /model", MODEL))
+        preset = chosen.get("model") or _choice("model", defaults["model"])
         if preset.get("type") != read.values["model.type"].strip("'\""):
             own = {**preset.get("config", {}), **recipe.get("model", {}).get("config", {})}
             read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
     read.values = {**brought, **read.values}
+
+
+def _defaults(file: dict[str, Any]) -> dict[str, Any]:
+    """Group → choice, of the defaults list of a file."""
+    entries = [entry for entry in file.get("defaults", []) if isinstance(entry, dict)]
+    return {key.removeprefix("override /"): value for entry in entries for key, value in entry.items()}
 
 
 def _choice(group: str, name: str) -> dict[str, Any]:
