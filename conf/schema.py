@@ -108,7 +108,8 @@ class DataConfig(SourceConfig):
     context: str | None = None
     """Column with the text that holds the answer; null: `context`."""
     answers: str | None = None
-    """Column with `{text: […], answer_start: […]}`, as SQuAD has it; null: `answers`."""
+    """Column with the answers as SQuAD has them: `{text: […], answer_start: […]}`, or `[{text: …, answer_start: …}]`;
+    null: `answers`."""
     source: str | None = None
     """Column with the text to translate, or of an object of languages (`translation.en`); null: `source`."""
     target: str | None = None
@@ -125,9 +126,10 @@ class DataConfig(SourceConfig):
     """Names of the classes in the order of their numbers; null: those of a pretrained model that knows them all, else
     those of the training rows, sorted."""
     multi_label: bool = False
-    """A row has any number of classes."""
+    """A row has any number of classes (sequence_classification): its column is a list, or names with `|` between."""
     overlong: str = "truncate"
-    """What happens to a row longer than `seq_length`: truncate (and count) | refuse."""
+    """What happens to a row longer than `seq_length`: truncate (and count) | refuse. Not in causal_lm, where documents
+    go on in the next sequence and completions are cut and counted, nor in question_answering, which reads windows."""
     empty: str = "refuse"
     """What happens to a row whose text or label is blank (not in causal_lm, which counts them): refuse, with file and
     line | skip (and count)."""
@@ -136,16 +138,18 @@ class DataConfig(SourceConfig):
     bucketing: bool = True
     """Rows of similar length share a batch (token_classification: a micro-batch; not causal_lm, which packs)."""
     seq_length: int = 512
-    """Tokens per sequence."""
+    """Tokens per sequence; in translation of source and target each."""
     packing: str = "documents"
     """documents: several per sequence, no attention across them, positions restart · blocks: one stream cut into
     fixed lengths · none: one row per sequence, padded."""
     vocab_size: int | None = None
-    """Size of the tokenizer trained on the data (new models only); null: `model.config.vocab_size`."""
+    """Size of the tokenizer trained on the data (new models only); null: `model.config.vocab_size`, else 8192."""
     held_out: float = 0.02
-    """Share of documents (files for stdlib and text) set aside for evaluation, 0 < held_out < 1."""
+    """Share of rows set aside for evaluation, 0 < held_out < 1; of stdlib and text whole files (classify_packages:
+    functions), of SQuAD whole articles, of a single text its end."""
     max_files: int | None = None
-    """Read at most this many files (stdlib, text), in sorted order; null: all."""
+    """Read at most this many files (stdlib, text), in sorted order (classify_packages: one of each package in turn);
+    null: all."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null: $XDG_CACHE_HOME/deepspeed_recipes (~/.cache/deepspeed_recipes)."""
 
@@ -171,11 +175,12 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the training sequences."""
     activation_checkpointing: int = 0
-    """Recompute activations of every n-th layer in backward: 0 none, 1 all layers, 2 every second, …"""
+    """Recompute activations of every n-th layer in backward: 0 none, 1 all layers, 2 every second, … Not the linear
+    model and convolutional networks: they have no layers that transformers knows as such."""
     fused_loss: bool = True
     """Head and cross-entropy in chunks over supervised positions only; never holds all logits."""
     compile: bool = False
-    """torch.compile each decoder layer."""
+    """torch.compile each layer (models as above)."""
     threads: int | None = None
     """CPU threads per rank; null: cores of this machine / ranks on it."""
 

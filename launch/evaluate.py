@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     from launch.runtime.loop import held_out_batches
     from launch.runtime.session import prepare
     from launch.runtime.staged import make_engine
+    from recipes.base import Recipe
 
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     # The engine and its libraries print as they like; what is printed here is one line.
@@ -76,6 +77,8 @@ def main(argv: list[str]) -> int:
     try:
         processes.set_environment(ranks, request.device)
         recipe = prepare(request, terminal, finished=True)
+        if out is not None and type(recipe).predictions is Recipe.predictions:
+            raise RequestError(Problem("out", str(out), f"{cfg.task} has metrics and no predictions", "no out="))
         if seen := _seen(path, cfg.data, recipe.report.get("rows")):
             raise RequestError(seen)
         terminal.capture(Path(logs.name) / f"rank_{ranks.rank}.log")

@@ -67,7 +67,7 @@ class CausalLM(Recipe):
         from recipes.models.configuration import check_buildable, check_text
 
         config = self.model_config()
-        problems = check_buildable(self.hf_class(), config, self.cfg.model, self.cfg.parallel)
+        problems = check_buildable(self.hf_class(), config, self.cfg)
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def model_config(self) -> PretrainedConfig:

@@ -44,10 +44,11 @@ class QuestionAnswering(TextTask):
     }
     KEYS = ("question", "context", "answers", "stride")
     UNUSED = (*TextTask.UNUSED, "data.overlong")
+    ALSO = ("id",)
     CLASSES = False  # whether a question has an answer is read from the span
     ARRAYS = {  # noqa: RUF012
         **TextTask.ARRAYS, "labels": "int32", "spans": "int32",
-        "context": "uint8", "answers": "uint8", "question": "uint8",
+        "context": "uint8", "answers": "uint8", "question": "uint8", "first": "int8",
     }  # fmt: skip
     METRICS = {"loss": "min", "f1": "max", "exact_match": "max"}  # noqa: RUF012
 
@@ -68,8 +69,10 @@ class QuestionAnswering(TextTask):
 
     def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
         problems = check_content({name: content[name] for name in ("question", "context")}, where, columns)
-        answers = content["answers"]
-        if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
+        answers, both = content["answers"], ("text", "answer_start")
+        if isinstance(answers, list) and all(isinstance(one, dict) and one.keys() >= set(both) for one in answers):
+            answers = {name: [one[name] for one in answers] for name in both}  # as SQuAD's files have them
+        if not isinstance(answers, dict) or not answers.keys() >= set(both):
             rule = f"column '{columns['answers']}' must be an object with lists text and answer_start"
             return [*problems, Problem(where, repr(answers)[:60], rule)]
         texts, starts = answers["text"], answers["answer_start"]
@@ -125,7 +128,9 @@ class QuestionAnswering(TextTask):
                 return_offsets_mapping=True, stride=stride,
             )  # fmt: skip
             for window, place in enumerate(found["overflow_to_sample_mapping"]):
-                examples[numbers[place]].append(self._window(rows[numbers[place]], found, window))
+                windows = examples[numbers[place]]
+                first = np.array([not windows], np.int8)
+                windows.append({**self._window(rows[numbers[place]], found, window), "first": first})
         for row, windows in zip(rows, examples, strict=True):
             if row.content["answers"] and not any(window["labels"].any() for window in windows):
                 meter.skip("questions whose answer is whole in no window, learned as having none")
@@ -221,19 +226,22 @@ class QuestionAnswering(TextTask):
             found.append(
                 {
                     "id": window, "prediction": text, "label": json.loads(_text(row["answers"])),
-                    "question": _text(row["question"]), "_score": score, "_none": none,
+                    "question": _text(row["question"]), "_score": score, "_none": none, "_first": bool(row["first"][0]),
                 }
             )  # fmt: skip
         return found
 
     def merged(self, predictions: Sequence[Prediction]) -> list[Prediction]:
         answers = []
-        for question, windows in itertools.groupby(predictions, key=lambda row: row["question"]):
-            parts = list(windows)
+        starts = [number for number, row in enumerate(predictions) if row["_first"]]  # ids may be there twice
+        for start, stop in itertools.pairwise([*starts, len(predictions)]):
+            parts = predictions[start:stop]
             best = max(parts, key=lambda row: row["_score"])
             # No answer where even the window that looks most like having one says so (Rajpurkar et al. 2018).
             empty = self._may_be_none and min(row["_none"] for row in parts) > best["_score"]
-            answers.append({"id": question, "prediction": "" if empty else best["prediction"], "label": best["label"]})
+            answers.append(
+                {"id": parts[0]["question"], "prediction": "" if empty else best["prediction"], "label": best["label"]}
+            )
         return answers
 
     def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:

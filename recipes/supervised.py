@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 5
+FORMAT = 6
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
@@ -62,6 +62,8 @@ class Supervised(Recipe):
     """Kind of data → `module:class` of its source."""
     KEYS: ClassVar[tuple[str, ...]] = ()
     """Keys of `data` that this task reads besides the general ones."""
+    ALSO: ClassVar[tuple[str, ...]] = ()
+    """Columns of records that are taken along where they are there."""
     CLASSES: ClassVar[bool] = True
     """Whether what `classes_of` gives are the outputs of a model."""
     ARRAYS: ClassVar[Mapping[str, str]] = {}
@@ -152,7 +154,7 @@ class Supervised(Recipe):
         data = data or self.cfg.data
         wanted = Fields(
             {name: column for name, column in self.columns().items() if column}, self.check_values, self.is_empty,
-            ("label",) if self.cfg.data.multi_label else (), self.cfg.data.empty == "refuse",
+            ("label",) if self.cfg.data.multi_label else (), self.ALSO, self.cfg.data.empty == "refuse",
         )  # fmt: skip
         return kind(data, "data", data.held_out, data.max_files, wanted)
 
@@ -337,7 +339,7 @@ class Supervised(Recipe):
         """What only the model's own configuration can tell."""
         from recipes.models.configuration import check_buildable
 
-        return check_buildable(self.hf_class(), self.model_config(), self.cfg.model, self.cfg.parallel)
+        return check_buildable(self.hf_class(), self.model_config(), self.cfg)
 
     def weights(self) -> Path | None:
         return self._folder

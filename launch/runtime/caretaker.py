@@ -47,9 +47,9 @@ class Caretaker:
         if stop:
             raise StopAsked
 
-    def after_step(self, progress: Progress) -> None:
+    def after_step(self, progress: Progress, last: bool) -> None:
         """Save where a checkpoint is due."""
-        every, last = self._cfg.every, progress.step == self._steps
+        every = self._cfg.every
         regular = bool(every) and progress.step % every == 0
         if regular or self._wanted or (last and (every or self._cfg.minutes is not None)):
             self.save(progress)

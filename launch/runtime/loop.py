@@ -127,7 +127,7 @@ class Judge:
 def run(
     engine: Engine, recipe: Recipe, cfg: Config, layout: Layout, rank: int, steps: int,
     log: Callable[[Row], None], keep: Callable[[Evaluation], None] = lambda evaluation: None,
-    progress: Progress | None = None, after_step: Callable[[Progress], object] = lambda progress: None,
+    progress: Progress | None = None, after_step: Callable[[Progress, bool], object] = lambda progress, last: None,
     bad_step: Callable[[Row], None] = lambda row: None, check: Callable[[str], None] = lambda what: None,
 ) -> Progress:  # fmt: skip
     """Train up to `steps` optimizer steps, evaluating before the first, every `eval.every` and after the last.
@@ -135,9 +135,9 @@ def run(
     `log` gets one row per step and one per evaluation (with `split`). `keep` is called by all ranks with the evaluation
     of a model that is to be kept: each time `eval.metric` is better than before, or without one after the last step.
     progress: where an earlier run stopped; it is carried on and returned. `after_step` is called after each step, its
-    row and its evaluation. `check` is called before each step and between the parts of an
-    evaluation, by all ranks at the same places, with a word for what follows, and may raise. `bad_step` gets a row
-    about each step without an update.
+    row and its evaluation, and told whether it was the last one. `check` is called before each step and between the
+    parts of an evaluation, by all ranks at the same places, with a word for what follows, and may raise. `bad_step`
+    gets a row about each step without an update.
     Raises BadStepError, with step, rank and sample indices, where `faults.on_bad_step` is stop, and RewindError where
     it is rewind; the weights are those of the step before.
     """
@@ -224,5 +224,5 @@ def run(
         check(f"step {progress.step + 1}")
         take_step()
         going = not is_due() or judged(progress.step == steps)
-        after_step(progress)
+        after_step(progress, not going or progress.step == steps)
     return progress

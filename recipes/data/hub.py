@@ -53,10 +53,9 @@ class HubSource(Source):
             if missing:
                 raise RequestError(missing)
             names = set(split.column_names)
-            columns = list(
-                dict.fromkeys(c if c in names else c.partition(".")[0] for c in self.fields.columns.values())
-            )
-            records = _records(split.select_columns(columns), meter)
+            columns = [c if c in names else c.partition(".")[0] for c in self.fields.columns.values()]
+            columns += [name for name in self.fields.also if name in names]
+            records = _records(split.select_columns(list(dict.fromkeys(columns))), meter)
             for number, content in good_rows(records, origin, self.fields, problems, meter):
                 aside = held_out_row(index, self.held_out) if len(splits) == 1 else held_out
                 yield Row(f"{origin}:{number}", aside, content)
@@ -81,6 +80,10 @@ class HubSource(Source):
             raise RequestError(Problem(f"{self.key}.name", self.name, rule, OFFLINE)) from error
         except ValueError as error:
             raise RequestError(self._wrong_choice(key, split, _first_line(error))) from error
+        except RuntimeError as error:  # datasets runs no code of strangers
+            rule = f"this data set cannot be read ({_first_line(error)})"
+            nearest = "a copy of it in Parquet: many sets that were scripts have one, under another owner"
+            raise RequestError(Problem(f"{self.key}.name", self.name, rule, nearest)) from error
 
     def _wrong_choice(self, key: str, split: str, message: str) -> Problem:
         """`datasets` says what there is in brackets: Unknown split "x". Should be one of ['train', 'test']."""

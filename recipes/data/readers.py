@@ -104,7 +104,7 @@ def good_rows(
             ]
             fields.leave_out(where, without[0] if len(without) == 1 < len(content) else None, problems, meter)
             continue
-        yield number, content
+        yield number, content | {name: record[name] for name in fields.also if name in record}
 
 
 def first_columns(kind: str, path: Path, source: SourceConfig, problems: Problems) -> list[str] | None:
@@ -219,7 +219,7 @@ def _parquet(path: Path, fields: Fields, problems: Problems, meter: Meter) -> It
     if file is None:
         return
     tops = [c if c in file.schema_arrow.names else c.partition(".")[0] for c in fields.columns.values()]
-    wanted = [column for column in dict.fromkeys(tops) if column in file.schema_arrow.names]
+    wanted = [column for column in dict.fromkeys([*tops, *fields.also]) if column in file.schema_arrow.names]
     size, start, number = path.stat().st_size, meter.done, 0
     try:
         for batch in file.iter_batches(batch_size=1024, columns=wanted):

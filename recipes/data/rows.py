@@ -84,6 +84,8 @@ class Fields:
     """Whether there is nothing to learn in a row; None: no text."""
     may_be_blank: tuple[str, ...] | None = ()
     """Names whose value may be null or blank; None: all, which the checks see."""
+    also: tuple[str, ...] = ()
+    """Columns that are taken along, under their own names, where a record has them."""
     refuse_empty: bool = False
     """Such rows are problems; else they are left out, and counted."""
 

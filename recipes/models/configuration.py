@@ -11,7 +11,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from conf.errors import Problem, RequestError, did_you_mean
-from conf.schema import ModelConfig, ParallelConfig
+from conf.rules_values import shown
+from conf.schema import Config
 
 OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Taken by transformers 5 and kept under other names."""
@@ -77,18 +78,26 @@ def set_dropout(config: PretrainedConfig, probability: float | None) -> Pretrain
     return config
 
 
-def check_buildable(
-    hf_class: Any, config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
-) -> list[Problem]:
+def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config) -> list[Problem]:
     """What keeps a model from being built and divided as asked, shown on the meta device: no memory, no weights."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     from recipes.models.layouts import problems
 
     try:
         with torch.device("meta"):
-            network = hf_class.from_config(config, attn_implementation=model.attention)
+            network = hf_class.from_config(config, attn_implementation=cfg.model.attention)
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [_refused(config.model_type, error)]
-    return problems(network, parallel)
+    found = problems(network, cfg.parallel)
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in network.modules()):
+        for key, value, none in (
+            ("activation_checkpointing", cfg.train.activation_checkpointing, 0), ("compile", cfg.train.compile, False),
+        ):  # fmt: skip
+            if value:
+                rule = f"{config.model_type} has no layers that transformers knows as such"
+                found.append(Problem(f"train.{key}", shown(value), rule, f"train.{key}={shown(none)}"))
+    return found
 
 
 def check_text(config: PretrainedConfig, tokenizer: Any, seq_length: int) -> list[Problem]:

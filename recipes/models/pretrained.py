@@ -62,7 +62,9 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
         rule = "it has no weights in safetensors" + (
             f", only a pickle, which is never opened ({pickles})" if pickles else ""
         )
-        nearest = "another revision or model, or save_pretrained() of one that you have loaded and trust"
+        nearest = (
+            "another model, a folder with a revision of it that has them, or save_pretrained() of one that you trust"
+        )
         raise RequestError(Problem("model.path", model.path, rule, nearest))
     return folder
 

@@ -48,7 +48,7 @@ def one_run(rank: int, case: Case, folder: Path, resumed: bool) -> dict[str, Any
     rows: list[loop.Row] = []
     predictions: list[Any] = []
 
-    def after_step(now: loop.Progress) -> bool:
+    def after_step(now: loop.Progress, last: bool) -> bool:
         if not resumed and now.step == STOP:
             saving.begin(engine, now.step, asdict(now))
         return True

@@ -5,13 +5,16 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import PLAN, SMALL, TRAIN, environment, run
 from filelock import FileLock
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
 from conf.errors import RequestError
-from conf.schema import ModelConfig, ParallelConfig
+from conf.schema import Config
 from launch.runtime.run_dir import RunDir
 from recipes.models.configuration import check_buildable, scratch_config
 
@@ -42,8 +45,25 @@ def test_other_names_of_an_attribute_are_known() -> None:
 def test_a_model_that_cannot_be_built_is_refused(family: str, config: dict) -> None:
     from transformers import AutoModelForCausalLM
 
-    (problem,) = check_buildable(AutoModelForCausalLM, scratch_config(family, config), ModelConfig(), ParallelConfig())
+    (problem,) = check_buildable(AutoModelForCausalLM, scratch_config(family, config), Config())
     assert problem.key == "model.config"
+
+
+@pytest.mark.parametrize("key, value", [("activation_checkpointing", 1), ("compile", True)])
+def test_layers_that_a_family_does_not_have(key: str, value: Any) -> None:
+    """Neither a traceback of transformers nor an option without effect."""
+    cfg = Config()
+    setattr(cfg.train, key, value)
+    classifier = (
+        AutoModelForSequenceClassification,
+        scratch_config("bert", {"hidden_size": 16, "num_attention_heads": 2}),
+    )
+    images = AutoModelForImageClassification, scratch_config("convnext", {"depths": [1, 1, 1, 1]})
+    line = AutoModelForSequenceClassification, scratch_config("linear_regression", {"num_features": 1})
+    assert check_buildable(*classifier, cfg) == []
+    for other in (images, line):
+        (problem,) = check_buildable(*other, cfg)
+        assert problem.key == f"train.{key}"
 
 
 @pytest.mark.parametrize(

@@ -91,12 +91,13 @@ def test_the_best_model_is_kept_and_training_stops(tmp_path: Path) -> None:
     command = [
         "python", TRAIN, "+recipe=sst2", *TINY_BERT, "model.path=null", f"data.path={test}", f"data.eval_path={dev}",
         "data.vocab_size=400", "train.epochs=null", "train.steps=40", "eval.every=2", "eval.metric=accuracy",
-        "eval.patience=2", "optimizer.lr=1e-30", "scheduler.warmup_steps=0",
+        "eval.patience=2", "optimizer.lr=1e-30", "scheduler.warmup_steps=0", "checkpoint.every=30",
     ]  # fmt: skip
     done = run(command, tmp_path, environment(tmp_path))
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/sst2/summary.json").read_text())
     assert (summary["steps"], summary["kept_at_step"]) == (6, 2)
+    assert [folder.name for folder in (tmp_path / "runs/sst2/checkpoints").glob("step_*")] == ["step_00000006"]
     assert len(summary["per_label"]) == 2 and sum(map(sum, summary["confusion"])) == 872
     steps = [row for row in rows(tmp_path / "runs/sst2") if "padding" in row]
     assert all(row["padding"] < 0.5 for row in steps)

@@ -331,6 +331,20 @@ def test_spaces_around_an_answer_are_none_of_its_tokens(tmp_path: Path) -> None:
     assert "whole in no window" in prepared(cut).said()
 
 
+def test_questions_that_share_an_id_are_judged_apart(tmp_path: Path) -> None:
+    """And answers may stand as in SQuAD's files: a list of objects."""
+    context = "we won in 1999 and then lost in 2000"
+    answers = [[{"text": text, "answer_start": context.index(text)}] for text in ("1999", "2000")]
+    rows = [{"id": "same", "question": "when", "context": context, "answers": answers[n % 2]} for n in range(16)]
+    recipe = prepared(config(tmp_path, "question_answering", rows))
+    size = len(recipe.held_out)
+    batch = recipe.collate([recipe.held_out.row(n) for n in range(size)], size)
+    outputs = {"span": batch["labels"], "score": np.zeros(size), "none": np.zeros(size) - 1}
+    found = recipe.merged(recipe.predictions(batch, outputs))
+    assert [row["id"] for row in found] == ["same"] * size
+    assert all(row["label"] == [row["prediction"]] for row in found)
+
+
 def test_classes_of_images(tmp_path: Path) -> None:
     check = recipe_class("image_classification")(config(tmp_path, "image_classification", TEXTS)).check_values
     columns = {"image": "image", "label": "label"}

@@ -163,6 +163,14 @@ def test_hub_names_the_classes_of_columns_of_classes(config, tmp_path, monkeypat
     assert found == [{"label": "pos", "tags": ["O", "B-PER"]}, {"label": None, "tags": ["B-PER"]}]
 
 
+def test_hub_names_that_are_scripts(config, tmp_path):
+    """datasets runs no code of strangers: no traceback of that."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/old.py").write_text("")
+    message = refused(config(kind="hub", name=str(tmp_path / "old")))
+    assert f"data.name={tmp_path}/old" in message and "Parquet" in message
+
+
 def test_hub_without_network_says_what_to_do(config, monkeypatch):
     import datasets
 
