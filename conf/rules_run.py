@@ -207,6 +207,8 @@ def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         yield Problem("eval.patience", str(cfg.eval.patience), "no metric says what is better", "eval.metric=loss")
     if cfg.eval.beams != 1 and cfg.task != "translation":
         yield Problem("eval.beams", str(cfg.eval.beams), f"{cfg.task} does not search", "eval.beams=1")
+    if changed(cfg.eval, "bleu_tokens") and cfg.task != "translation":
+        yield Problem("eval.bleu_tokens", cfg.eval.bleu_tokens, f"{cfg.task} has no BLEU", "eval.bleu_tokens=13a")
 
 
 RULES = (best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, faults, run_dir)

@@ -14,6 +14,7 @@ from conf.environment import Environment
 from conf.errors import Problem, did_you_mean
 from conf.schema import (
     ACCUMULATION_DTYPES,
+    BLEU_TOKENS,
     DEVICES,
     EMPTY,
     OFFLOADS,
@@ -103,6 +104,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "data.kind": (*TASK_SOURCES, "mixture"),
     "data.overlong": OVERLONG,
     "data.empty": EMPTY,
+    "eval.bleu_tokens": BLEU_TOKENS,
     "data.packing": PACKINGS,
     "precision.name": PRECISIONS,
     "precision.accumulation_dtype": ACCUMULATION_DTYPES,

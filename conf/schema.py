@@ -25,6 +25,7 @@ SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
 TASK_SOURCES = (*SOURCES, "conll", "squad", "lines", "idx", "images", "digits", "line")
 """Kinds of data of all tasks; `SOURCES` are those of a language model, and of its mixtures."""
 OVERLONG = ("truncate", "refuse")
+BLEU_TOKENS = ("13a", "intl", "zh", "char", "none")
 EMPTY = ("refuse", "skip")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
 OFFLOADS = ("none", "cpu", "nvme")
@@ -114,6 +115,9 @@ class DataConfig(SourceConfig):
     """Column with the text to translate, or of an object of languages (`translation.en`); null: `source`."""
     target: str | None = None
     """Column with its translation; null: `target`."""
+    source_prefix: str = ""
+    """What stands before each source (translation): a T5's task (`translate English to French: `), a Marian's language
+    (`>>fra<< `)."""
     target_path: str | None = None
     """File aligned with `path`, line by line (lines), or the labels of its images (idx)."""
     eval_target_path: str | None = None
@@ -331,6 +335,9 @@ class EvalConfig:
     """Stop after this many evaluations in a row without a better `metric`; null: train to the end."""
     beams: int = 1
     """Beams of the search (translation); 1: greedy."""
+    bleu_tokens: str = "13a"
+    """What BLEU counts, as sacrebleu names it: 13a (words) | intl (words, more signs apart) | zh (Chinese) | char
+    (characters: Japanese, Thai) | none."""
     prompt: str | None = None
     """Completed by the exported model at the end; null: no completion."""
     new_tokens: int = 48

@@ -77,6 +77,8 @@ def main(argv: list[str]) -> int:
     try:
         processes.set_environment(ranks, request.device)
         recipe = prepare(request, terminal, finished=True)
+        if said := recipe.said():
+            terminal.say(said)
         if out is not None and type(recipe).predictions is Recipe.predictions:
             raise RequestError(Problem("out", str(out), f"{cfg.task} has metrics and no predictions", "no out="))
         if seen := _seen(path, cfg.data, recipe.report.get("rows")):

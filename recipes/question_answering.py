@@ -132,6 +132,8 @@ class QuestionAnswering(TextTask):
                 first = np.array([not windows], np.int8)
                 windows.append({**self._window(rows[numbers[place]], found, window), "first": first})
         for row, windows in zip(rows, examples, strict=True):
+            if any(window["labels"][1] - window["labels"][0] >= LONGEST_ANSWER for window in windows):
+                meter.skip(f"answers of more than {LONGEST_ANSWER} tokens, of which no more are predicted")
             if row.content["answers"] and not any(window["labels"].any() for window in windows):
                 meter.skip("questions whose answer is whole in no window, learned as having none")
         return examples

@@ -155,17 +155,17 @@ def span_scores(predicted: Mapping[Any, str], answers: Mapping[Any, list[str]]) 
     return {name: float(percent[name]) / 100 for name in ("exact_match", "f1")}
 
 
-def translation_scores(predicted: list[str], references: list[str]) -> dict[str, float]:
-    """bleu (13a tokens) and chrf (chrF2) of the whole corpus, one reference per row, 0..100, as sacrebleu has them.
+def translation_scores(predicted: list[str], references: list[str], tokens: str = "13a") -> dict[str, float]:
+    """bleu and chrf (chrF2) of the whole corpus, one reference per row, 0..100, as sacrebleu has them.
 
-    bleu is 0 when not a single word agrees, or every prediction is empty; short corpora without a common 4-gram are
-    smoothed (sacrebleu's `exp`).
+    tokens: what BLEU counts, by sacrebleu's name. bleu is 0 when no word agrees, or every prediction is empty;
+    short corpora without a common 4-gram are smoothed (sacrebleu's `exp`).
     """
     import sacrebleu
 
     _same_length(predicted, references)
     return {
-        "bleu": float(sacrebleu.corpus_bleu(predicted, [references]).score),
+        "bleu": float(sacrebleu.corpus_bleu(predicted, [references], tokenize=tokens).score),
         "chrf": float(sacrebleu.corpus_chrf(predicted, [references]).score),
     }
 

@@ -42,6 +42,10 @@ class SequenceClassification(TextTask):
     def check_values(self, content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
         texts = {name: value for name, value in content.items() if name != "label"}
         problems = check_content(texts, where, columns)
+        text = content["label"] if isinstance(content["label"], str) else ""
+        if self.cfg.data.multi_label and text.lstrip().startswith("["):
+            rule = f"column '{columns['label']}' is a text that looks like a list"
+            problems.append(Problem(where, text[:60], rule, 'a|c, or in jsonl a list: ["a", "c"]'))
         for label in content["label"] if self._many(content["label"]) else [content["label"]]:
             wanted = "a list of names or whole numbers" if self.cfg.data.multi_label else "a name or a whole number"
             if wrong := wrong_class(label, where, columns["label"], wanted):

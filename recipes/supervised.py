@@ -5,6 +5,7 @@ A recipe says which columns and kinds of data it reads, how a row is encoded, wh
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,6 +253,11 @@ class Supervised(Recipe):
         if self.cfg.data.multi_label and not self.finished and set(counts.values()) == {facts["rows"]}:
             rule = f"every training row has each of the classes ({', '.join(counts)}): there is nothing to tell apart"
             raise RequestError(Problem("data.label", source.name, rule, "the classes of a row alone: [1], not [0, 1]"))
+        if self.cfg.data.multi_label and not self.finished:
+            for name in counts:
+                if len(parts := {part.strip() for part in re.split("[,;]", name)}) > 1 and parts <= counts.keys():
+                    rule = f"the classes {', '.join(sorted(parts))} of one row, taken for one class"
+                    raise RequestError(Problem("data.label", f"'{name}'", rule, f"'{'|'.join(sorted(parts))}'"))
         if given is None:
             return sorted(counts, key=_natural), counts
         without = [name for name in self.cfg.data.labels or () if name not in counts]
@@ -308,6 +314,9 @@ class Supervised(Recipe):
     def said(self) -> str | None:
         counts = [f"{self.report['train']:,} training examples, {self.report['held_out']:,} held out"]
         counts += [f"{count:,} {what}" for what, count in self.report["skipped"].items()]
+        if self.labels:
+            each = [f"{name} {self._counts.get(name, 0):,}" for name in self.labels[:12]]
+            counts.append(f"classes: {', '.join(each)}{', …' if len(self.labels) > 12 else ''}")
         return "; ".join(counts)
 
     # Model
@@ -339,7 +348,7 @@ class Supervised(Recipe):
         """What only the model's own configuration can tell."""
         from recipes.models.configuration import check_buildable
 
-        return check_buildable(self.hf_class(), self.model_config(), self.cfg)
+        return check_buildable(self.hf_class(), self.model_config(), self.cfg, trained=not self.finished)
 
     def weights(self) -> Path | None:
         return self._folder

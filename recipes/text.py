@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from conf.errors import Problem
+from conf.errors import Problem, RequestError
 from recipes.base import Progress
 from recipes.data.examples import Example
 from recipes.data.packing import round_up
@@ -19,7 +19,10 @@ from recipes.supervised import Supervised
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+SEGMENTS = "token_type_ids"
 
 
 class TextTask(Supervised):
@@ -60,11 +63,27 @@ class TextTask(Supervised):
 
             size = data.vocab_size or model.config.get("vocab_size", DEFAULT_VOCABULARY)
             self.tokenizer = trained_tokenizer(root, [fingerprint], texts, size)
+        self._add_segments()
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if self.ENDS and not self.finished:  # a finished model has been trained with what its tokenizer gives
             add_ends(self.tokenizer)
         return [tokenizer_digest(self.tokenizer)]
+
+    def _add_segments(self) -> None:
+        """Have the tokenizer say which of two texts a token is of, where the model has been trained with that.
+
+        transformers 5.23: tokenizers of some families (ALBERT, RemBERT, BigBird) know it, and do not say it unasked.
+        """
+        from recipes.models.pretrained import pretrained_config
+
+        asked = self.tokenizer.model_input_names
+        if SEGMENTS in asked or not self._folder:
+            return
+        segments = getattr(pretrained_config(self.cfg.model, self._folder), "type_vocab_size", 0)
+        if segments > 1 and any(self.tokenizer("a", "b", return_token_type_ids=True)[SEGMENTS]):
+            self.tokenizer.model_input_names = [*asked, SEGMENTS]
+            self.tokenizer.init_kwargs["model_input_names"] = self.tokenizer.model_input_names  # is saved with it
 
     @property
     def pads(self) -> int:
@@ -148,8 +167,8 @@ class TextTask(Supervised):
         width = self.padded(max((len(row["input_ids"]) for row in rows), default=1))
         batch: dict[str, np.ndarray] = {}
         names = ["input_ids", *self.PADDED]
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            names.append("token_type_ids")
+        if SEGMENTS in self.tokenizer.model_input_names:
+            names.append(SEGMENTS)
         for name in names:
             values = np.full((size, width), {"input_ids": self.pads, **self.PADDED}.get(name, 0), np.int64)
             for number, row in enumerate(rows):
@@ -164,6 +183,14 @@ class TextTask(Supervised):
     def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         """The labels of a micro-batch that are not one per token."""
         return {}
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        from recipes.models.attention import check_right_padding
+
+        if self.cfg.parallel.pipeline > 1:  # a stage gives no logits
+            return
+        if problems := check_right_padding(model, next(model.parameters()).device, self.pads):
+            raise RequestError(problems)
 
     def real_tokens(self, batch: Mapping[str, np.ndarray]) -> int:
         """Tokens that are not padding, of rows that are rows."""

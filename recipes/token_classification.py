@@ -50,6 +50,11 @@ class TokenClassification(TextTask):
         for name, kinds in (("tokens", str), ("tags", str | int)):
             value = content[name]
             fits = isinstance(value, list) and all(isinstance(one, kinds) for one in value)
+            if name == "tags" and fits and any(str(one) == str(IGNORE) for one in value):
+                rule = (
+                    f"column '{columns[name]}' has {IGNORE}, which libraries take for no tag; each token has one here"
+                )
+                return [Problem(where, repr(value)[:60], rule, "the tags of words, before they are spread over pieces")]
             if not fits or (name == "tags" and any(map(_no_tag, value))):
                 rule = f"column '{columns[name]}' must be a list of {'texts' if name == 'tokens' else 'tags'}"
                 return [Problem(where, repr(value)[:60], rule)]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +18,26 @@ from recipes.base import Prediction, Progress
 from recipes.data.examples import Example, Examples
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
+from recipes.data.tokenizer import end_texts
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+WORDS = ("13a", "intl")
+"""`eval.bleu_tokens` that are parted by spaces."""
+OF_TRANSLATION = "translation"
+"""How the names of a T5's tasks with two languages begin, in `task_specific_params` of its configuration."""
+UNPARTED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")
+"""Letters of Thai and Lao, Kana, Han."""
+KEPT = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "bad_words_ids",
+)  # fmt: skip
+"""Of a model's generation settings, what it has been trained with: tokens (Marian must not write its padding)."""
 
 
 class Translation(TextTask):
@@ -31,7 +48,7 @@ class Translation(TextTask):
         "lines": "recipes.data.lines:LinesSource",
         **RECORDS,
     }
-    KEYS = ("source", "target", "target_path", "eval_target_path")
+    KEYS = ("source", "target", "source_prefix", "target_path", "eval_target_path")
     UNUSED = ("data.packing", "eval.prompt")
     TWO_SIDED = True
     ENDS = False
@@ -71,16 +88,19 @@ class Translation(TextTask):
         return {"source": data.source or "source", "target": data.target or "target"}
 
     def texts(self, content: dict[str, Any]) -> Iterator[str]:
-        yield content["source"]
+        yield self.cfg.data.source_prefix + content["source"]
         yield content["target"]
 
     def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
-        return [*super().ready(root, source, fingerprint, progress), type(self.form).__name__]
+        digest = super().ready(root, source, fingerprint, progress)
+        if not self.finished:
+            end_texts(self.tokenizer)
+        return [*digest, type(self.form).__name__]
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
-        sides = []
-        for side, ids_of in (("source", self._source_ids), ("target", self.form.target_ids)):
-            ids = [self._ended(one) for one in ids_of([row.content[side] for row in rows])]
+        sides, prefix = [], self.cfg.data.source_prefix
+        for side, before, ids_of in (("source", prefix, self._source_ids), ("target", "", self.form.target_ids)):
+            ids = [self._ended(one) for one in ids_of([before + row.content[side] for row in rows])]
             self.overlong([len(one) for one in ids], [row.where for row in rows], problems, meter)
             sides.append([self._cut(one) for one in ids])
         return [
@@ -113,7 +133,17 @@ class Translation(TextTask):
         limit = self.cfg.eval.new_tokens
         longer = int((self.held_out.lengths("labels") > limit).sum())
         more = f"; {longer:,} held-out targets are longer than eval.new_tokens={limit}" if longer else ""
+        if self.cfg.eval.bleu_tokens in WORDS and self._without_spaces():
+            more += "; the targets have no spaces between words: BLEU is that of eval.bleu_tokens=zh or char"
         return f"{super().said()}{more}"
+
+    def _without_spaces(self) -> bool:
+        """Whether most letters of the first held-out targets are of scripts without spaces between words."""
+        targets = "".join(
+            self.held_out.row(n)["reference"].tobytes().decode() for n in range(min(32, len(self.held_out)))
+        )
+        letters = [letter for letter in targets if letter.isalpha()]
+        return 2 * sum(bool(UNPARTED.match(letter)) for letter in letters) > len(letters)
 
     # Model
 
@@ -128,14 +158,30 @@ class Translation(TextTask):
             rule = "its tokenizer marks texts with their language (src_lang, tgt_lang), which no key gives"
             nearest = "a model of one pair of languages (Marian), T5, BART, or a decoder"
             return [Problem("model.path", str(self.cfg.model.path), rule, nearest)]
-        return self.form.check() or super().check_model()
+        return self.form.check() or self._check_prefix() or super().check_model()
+
+    def _check_prefix(self) -> list[Problem]:
+        """Models that are told what to do before each source, and are not."""
+        if self.cfg.data.source_prefix or self._folder is None:
+            return []
+        languages = getattr(self.tokenizer, "supported_language_codes", None) or []
+        known = json.loads((self._folder / "config.json").read_text()).get("task_specific_params") or {}
+        prefixes = [task["prefix"] for name, task in known.items() if name.startswith(OF_TRANSLATION)]
+        if len(languages) < 2 and not (prefixes and self.finished):
+            return []
+        nearest = " or ".join(f"'data.source_prefix=\"{one}\"'" for one in prefixes or [f"{languages[0]} "])
+        rule = "this model is told before each source what to do with it"
+        return [Problem("data.source_prefix", "''", rule, nearest)]
 
     def row_length(self) -> int:
         return self.form.row_length()
 
     def set_heads(self, config: PretrainedConfig) -> None:
-        if self._folder:
-            return  # a pretrained model knows its tokens
+        if self._folder:  # a pretrained model knows its tokens
+            if not self.finished:
+                prefix = self.cfg.data.source_prefix
+                config.task_specific_params = {OF_TRANSLATION: {"prefix": prefix}} if prefix else None
+            return
         super().set_heads(config)
         config.eos_token_id = config.bos_token_id = self.tokenizer.eos_token_id
         if config.is_encoder_decoder:
@@ -179,12 +225,15 @@ class Translation(TextTask):
 
     def evaluate(self, model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         prompt = self.form.prompt(batch)
-        made = getattr(model, "module", model).generate(
-            **prompt, do_sample=False, use_cache=True, pad_token_id=self.pads,
-            max_new_tokens=self.cfg.eval.new_tokens, num_beams=self.cfg.eval.beams,
-            # Under ZeRO-3 every forward pass gathers parameters from all ranks: a rank that is done goes on with them.
-            synced_gpus=self.cfg.zero.stage == 3,
-        )  # fmt: skip
+        module = getattr(model, "module", model)
+        with _asked_for_alone(module):
+            made = module.generate(
+                **prompt, do_sample=False, use_cache=True, pad_token_id=self.pads,
+                max_new_tokens=self.cfg.eval.new_tokens, num_beams=self.cfg.eval.beams,
+                # Under ZeRO-3 each forward pass gathers parameters from all ranks: a rank that is done goes on with
+                # them.
+                synced_gpus=self.cfg.zero.stage == 3,
+            )  # fmt: skip
         return self.loss(model, batch), {"tokens": self.form.written(made, prompt).cpu().numpy()}
 
     def predictions(self, batch: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> list[Prediction]:
@@ -204,7 +253,25 @@ class Translation(TextTask):
     def scores(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         from recipes.scores import translation_scores
 
-        return translation_scores([row["prediction"] for row in predictions], [row["label"] for row in predictions])
+        predicted, right = ([row[side] for row in predictions] for side in ("prediction", "label"))
+        return translation_scores(predicted, right, self.cfg.eval.bleu_tokens)
+
+
+@contextmanager
+def _asked_for_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Generation as the request says it: of the model's own settings only the tokens that it begins and ends with.
+
+    transformers 5.23 takes every other setting from the model (a penalty for repetition, a shortest length), so that
+    one beam would not be greedy, and scores not those of `eval.*`.
+    """
+    from transformers import GenerationConfig
+
+    own: Any = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in KEPT})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class Form(ABC):

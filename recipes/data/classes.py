@@ -53,15 +53,15 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
         return given
     if names and not nameless and (order := in_order(names, classes)):
         return order
-    if (
-        names
-        and not set(classes) & set(names)
-        and all(name.isascii() and name.isdecimal() and int(name) < size for name in classes)
-    ):
+    numbers = all(name.isascii() and name.isdecimal() and int(name) < size for name in classes)
+    if names and nameless and numbers:
         return [str(number) for number in range(size)]  # rows that give the number of the output
     has = "does not name its classes" if nameless else f"has the classes {', '.join(names or ())}"
     rule = f"the model {has}, the rows have {', '.join(sorted(classes)[:12])}: which is which?"
-    raise RequestError(Problem("data.labels", "null", rule, "data.labels=[…], the rows' names in the model's order"))
+    nearest = "data.labels=[…], the rows' names in the model's order"
+    if names and numbers:  # data sets number classes in an order of their own: MNLI's 0 is not that of every model
+        nearest = f"data.labels={_shown(names)} where the rows' numbers are the model's"
+    raise RequestError(Problem("data.labels", "null", rule, nearest))
 
 
 def _refuse_moved(given: list[str], names: list[str]) -> None:

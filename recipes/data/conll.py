@@ -50,6 +50,11 @@ class _Shape:
     tabs: bool
     width: int
 
+    @property
+    def is_universal(self) -> bool:
+        """Whether a line has as many columns as CoNLL-U's."""
+        return self.tabs and self.width == 10
+
     def split(self, line: str) -> list[str]:
         # Nothing but spaces and tabs separates: tokens of real text hold no-break spaces and the like.
         line = line.rstrip(" \t\r\n")
@@ -113,7 +118,11 @@ class ConllSource(FileSource):
         if self._column_problems():
             return
         for path in paths:
-            for _ in read_conll(path, self.columns, False, problems, Meter()):
+            for _, tokens, _ in read_conll(path, self.columns, False, problems, Meter()):
+                if _shape(path).is_universal and tokens == [str(number + 1) for number in range(len(tokens))]:
+                    rule = f"{path} is CoNLL-U, whose first column numbers the words"
+                    nearest = f"{self.key}.tokens=1 {self.key}.label=3"
+                    problems.add(Problem(f"{self.key}.tokens", self._column_keys()[0][1], rule, nearest))
                 return
             if problems.found:
                 return
@@ -150,6 +159,9 @@ def read_conll(path: Path, columns: Columns, entities: bool, problems: Problems,
         fields = shape.split(line)
         if line.startswith("# ") and (len(fields) < columns.needed or len(fields) != (shape.width or len(fields))):
             meter.skip("comment lines")
+            continue
+        if shape.is_universal and re.fullmatch(r"\d+[-.]\d+", fields[0]):  # "del", whose "de" and "el" follow
+            meter.skip("words that stand for others, or for none (CoNLL-U)")
             continue
         first = first or number
         if problem := _wrong_line(f"{path}:{number}", fields, columns, shape, entities):

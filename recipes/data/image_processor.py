@@ -40,12 +40,15 @@ class ImageProcessor:
     def of_model(cls, folder: Path | None, config: Any, path: str) -> ImageProcessor:
         """That of a pretrained model's folder, or one which only resizes to the configuration's `image_size`.
 
-        Raises RequestError where neither says how large images are.
+        Raises RequestError where the folder has none, or the configuration does not say how large images are.
         """
         from transformers import AutoImageProcessor, ViTImageProcessorPil
 
         channels = getattr(config, "num_channels", 3)
-        if folder is not None and any((folder / name).is_file() for name in FILES):
+        if folder is not None:
+            if not any((folder / name).is_file() for name in FILES):
+                rule = f"there is no {FILE} beside it: which values its images had is not known"
+                raise RequestError(Problem("model.path", path, rule, f"a folder with the model's {FILE}"))
             try:
                 # The same values with and without torchvision, whose resizing differs in the last bit.
                 whole = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
@@ -55,8 +58,8 @@ class ImageProcessor:
             return cls(whole, channels, path)
         size = getattr(config, "image_size", None)
         if size is None:
-            rule = f"neither its configuration (image_size) nor a {FILE} says how large images are"
-            raise RequestError(Problem("model.path", path, rule, "model.config.image_size=224, or another model"))
+            rule = "its configuration (image_size) does not say how large images are"
+            raise RequestError(Problem("model.type", path, rule, "model.config.image_size=224, or another family"))
         height, width = (size, size) if isinstance(size, int) else size
         mean, std = [MEAN] * channels, [STD] * channels
         return cls(ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=mean, image_std=std),

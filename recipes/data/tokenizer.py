@@ -72,7 +72,10 @@ def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.to
 
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) > 1:
+            return tokenizer
+        raise ValueError("its files are not there")  # transformers 5.23 makes one that knows no text
     except Exception as error:  # it raises anything, by what the files lack and the kind of tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(path).is_dir():
@@ -100,6 +103,23 @@ def add_ends(tokenizer: PreTrainedTokenizerBase) -> None:
         special_tokens=[(end, tokenizer.eos_token_id)],
     )  # fmt: skip
     backend.post_processor = processors.Sequence([backend.post_processor, ends]) if backend.post_processor else ends
+
+
+def end_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer end each text with its end of text, where it does not: the sign to begin with a translation.
+
+    A part of the tokenizer, as the ends of `add_ends`: whoever uses the saved model gives it what it was trained on.
+    """
+    backend, end = getattr(tokenizer, "backend_tokenizer", None), tokenizer.eos_token
+    if backend is None or end is None or tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+        return
+    from tokenizers import processors
+
+    stop = [(end, tokenizer.eos_token_id)]
+    last = processors.TemplateProcessing(
+        single=["$A:0", f"{end}:0"], pair=["$A:0", "$B:0", f"{end}:0"], special_tokens=stop
+    )
+    backend.post_processor = processors.Sequence([backend.post_processor, last]) if backend.post_processor else last
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

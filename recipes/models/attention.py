@@ -13,7 +13,7 @@ TOLERANCE = 1e-3
 """Relative to the size of the hidden states: two runs of one shape differ by kernels that are not deterministic."""
 
 OF_HALVES = 0.05
-"""The same in 16 bits, where the kernels of other shapes round otherwise."""
+"""The same in 16 bits, where the kernels of other shapes round otherwise, and of those that approximate attention."""
 
 
 def check_causal(model: PreTrainedModel, device: torch.device) -> list[Problem]:
@@ -53,6 +53,27 @@ def check_padding(model: PreTrainedModel, device: torch.device) -> list[Problem]
         return []
     rule = "this model sees the padding before a prompt: what it writes depends on the batch"
     return [Problem("model", model.config.model_type, rule, "a decoder with attention, or task=causal_lm")]
+
+
+def check_right_padding(model: PreTrainedModel, device: torch.device, pads: int) -> list[Problem]:
+    """What a model says of a row must not depend on the padding behind it.
+
+    A row has the same first output with and without it; not in a family that mixes tokens without a mask (FNet), or
+    reads its answer from the last place (XLNet), whose answers would depend on what stands beside a row in the batch.
+    pads: the token of padding, which decoders with a head look for.
+    """
+    ids = torch.tensor([[token for token in range(1, 6) if token != pads][:4]], device=device)
+    padded = torch.nn.functional.pad(ids, (0, 4), value=pads)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0].float()
+        beside = model(input_ids=padded, attention_mask=mask)[0].float()
+    if alone.shape != beside.shape:  # an output for each token
+        beside = beside[:, : alone.shape[1]]
+    if bool((alone - beside).abs().max() <= OF_HALVES * alone.abs().max()):
+        return []
+    rule = "what this model says of a row depends on the padding behind it, and so on the batch"
+    return [Problem("model", model.config.model_type, rule, "a family that has a mask for padding")]
 
 
 def keeps_documents_apart(model: PreTrainedModel, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from conf.errors import Problem, RequestError, did_you_mean
@@ -78,7 +79,7 @@ def set_dropout(config: PretrainedConfig, probability: float | None) -> Pretrain
     return config
 
 
-def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config) -> list[Problem]:
+def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, trained: bool = True) -> list[Problem]:
     """What keeps a model from being built and divided as asked, shown on the meta device: no memory, no weights."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -90,6 +91,13 @@ def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config) -> lis
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [_refused(config.model_type, error)]
     found = problems(network, cfg.parallel)
+    batch, normalised = cfg.batch, any(isinstance(module, _BatchNorm) for module in network.modules())
+    if trained and normalised and batch.micro_size != batch.global_size:
+        rule = (
+            f"{config.model_type} normalises over a micro-batch: what it learns would depend on ranks and accumulation"
+        )
+        nearest = "one rank with batch.accumulation=1, or a family that normalises each row (convnext, vit, swin)"
+        found.append(Problem("batch.micro_size", shown(batch.micro_size), rule, nearest))
     if not any(isinstance(module, GradientCheckpointingLayer) for module in network.modules()):
         for key, value, none in (
             ("activation_checkpointing", cfg.train.activation_checkpointing, 0), ("compile", cfg.train.compile, False),

@@ -147,12 +147,13 @@ def test_a_metric_that_the_rows_do_not_have(tmp_path: Path) -> None:
 def test_the_order_of_a_models_classes() -> None:
     mnli = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
     assert order_of_classes(None, mnli, ["entailment", "neutral"]) == ["CONTRADICTION", "neutral", "entailment"]
-    assert order_of_classes(None, mnli, ["0", "2"]) == ["0", "1", "2"]
+    assert order_of_classes(None, ["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "2"]) == ["0", "1", "2"]
     assert order_of_classes(["neg", "pos"], ["LABEL_0", "LABEL_1"], ["pos"]) == ["neg", "pos"]
     assert order_of_classes(["neg", "pos"], ["NEGATIVE", "POSITIVE"], ["pos"]) == ["neg", "pos"]
     for given, names, classes in (
         (None, ["LABEL_0", "LABEL_1"], ["neg", "pos"]), (None, ["a", "b", "c"], ["a", "b", "d"]), (None, None, ["a"]),
         (["neutral", "contradiction", "entailment"], mnli, ["neutral"]), (None, mnli, ["3"]),
+        (None, mnli, ["0", "2"]),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=r"data\.labels"):
             order_of_classes(given, names, classes)
@@ -220,7 +221,15 @@ def test_windows_find_an_answer_behind_the_first_one(tmp_path: Path) -> None:
     start, stop = spans[inside[0]["labels"][0], 0], spans[inside[0]["labels"][1], 1]
     assert context[start:stop].strip() == "needle"
     parts = [
-        {"id": n, "question": "q", "prediction": text, "label": ["needle"], "_score": score, "_none": 0.0}
+        {
+            "id": n,
+            "question": "q",
+            "prediction": text,
+            "label": ["needle"],
+            "_score": score,
+            "_none": 0.0,
+            "_first": n == 0,
+        }
         for n, (text, score) in enumerate([("straw", 1.0), ("needle", 5.0)])
     ]
     assert [row["prediction"] for row in recipe.merged(parts)] == ["needle"]

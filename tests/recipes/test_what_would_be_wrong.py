@@ -132,7 +132,7 @@ def test_a_model_knows_whether_questions_may_have_no_answer(tmp_path: Path) -> N
     recipe = recipe_class(cfg.task)(cfg)
     recipe.finished = True
     recipe.prepare()
-    part = {"id": 0, "question": "q", "prediction": "cat", "label": [], "_score": 1.0, "_none": 2.0}
+    part = {"id": 0, "question": "q", "prediction": "cat", "label": [], "_score": 1.0, "_none": 2.0, "_first": True}
     assert recipe.merged([part])[0]["prediction"] == ""
 
 
