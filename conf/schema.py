@@ -140,7 +140,8 @@ class DataConfig(SourceConfig):
     stride: int = 64
     """Tokens that neighbouring windows of a long text share (question_answering)."""
     bucketing: bool = True
-    """Rows of similar length share a batch (token_classification: a micro-batch; not causal_lm, which packs)."""
+    """Rows of similar length share a batch (token_classification, translation: a micro-batch; not causal_lm, which
+    packs)."""
     seq_length: int = 512
     """Tokens per sequence; in translation of source and target each."""
     packing: str = "documents"

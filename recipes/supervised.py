@@ -73,7 +73,8 @@ class Supervised(Recipe):
     """The arrays whose lengths are made similar within a batch."""
     WINDOW: ClassVar[int] = 64
     """Global batches whose rows are sorted by length together: enough for little padding, few enough to stay shuffled.
-    One where a row has as many targets as tokens: in a batch of short rows each of them would weigh more."""
+    One where a row has as many targets as tokens: a batch of rows of one length teaches that length, and in a batch of
+    short rows each of their targets would weigh more."""
     UNUSED: ClassVar[tuple[str, ...]] = ("data.packing", "train.fused_loss", "eval.prompt")
     """Keys that only other tasks use."""
     held_out: Examples

@@ -50,6 +50,7 @@ class Translation(TextTask):
     }
     KEYS = ("source", "target", "source_prefix", "target_path", "eval_target_path")
     UNUSED = ("data.packing", "eval.prompt")
+    WINDOW = 1  # sorted over 64 batches, English to French had BLEU 2 after two epochs for 25 (transformers' Trainer)
     TWO_SIDED = True
     ENDS = False
     ARRAYS = {"input_ids": "int32", "labels": "int32", "reference": "uint8"}  # noqa: RUF012
