@@ -187,7 +187,7 @@ def test_bad_rows_and_keys(tmp_path: Path, wrong: str, held_out: str, arguments:
     assert said in refused(tmp_path, *JSONL, *arguments)
 
 
-LINES = ("+recipe=multi30k", "data.path=a.txt", "data.target_path=b.txt", "batch.global_size=1", "data.vocab_size=300")
+LINES = ("+recipe=multi30k", "data.path=a.txt", "data.target_path=b.txt", "batch.global_size=4", "data.vocab_size=300")
 CONLL = ("+recipe=tag_python", "data=conll", "data.path=x.conll", "data.max_files=null", *TINY_BERT)
 SQUAD = ("+recipe=answer_defaults", "data=squad", "data.path=x.json", *TINY_BERT)
 IDX = ("+recipe=digits", "data=idx", "data.path=images", "data.target_path=labels")

@@ -74,13 +74,13 @@ def test_a_new_model_resizes_to_its_size(tmp_path: Path) -> None:
     scaled = grey.scaled([grey.sized(image)])
     assert scaled.dtype == np.float32
     np.testing.assert_allclose(scaled[0, 0], (image[:, :, 0] / 255 - 0.5) / 0.5, atol=1e-6)
-    assert ImageProcessor.of_model(tmp_path, SimpleNamespace(image_size=(8, 6)), "vit").shape == (3, 8, 6)
+    assert ImageProcessor.of_model(None, SimpleNamespace(image_size=(8, 6)), "vit").shape == (3, 8, 6)
 
 
 @pytest.mark.parametrize(
     ("settings", "config", "expected"),
     [
-        (None, SimpleNamespace(), "neither its configuration (image_size) nor a preprocessor_config.json"),
+        (None, SimpleNamespace(image_size=8), "there is no preprocessor_config.json beside it"),
         ({"image_processor_type": "NoSuchProcessor"}, None, "its image processor cannot be loaded"),
         ({"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 16}, "do_center_crop": False},
          None, "keeps the shape of each image"),
