@@ -12,7 +12,7 @@ import numpy as np
 from conf.errors import Problem, RequestError
 from recipes.base import Progress
 from recipes.data.examples import Example
-from recipes.data.packing import round_up
+from recipes.data.packing import MULTIPLE, round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.supervised import Supervised
@@ -148,7 +148,7 @@ class TextTask(Supervised):
         return problems or check_text(self.model_config(), self.tokenizer, self.row_length())
 
     def width(self, batch: Mapping[str, np.ndarray]) -> int:
-        return batch["input_ids"].shape[1]
+        return batch["input_ids"].shape[-1]
 
     def widen(self, batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
         filled = {"input_ids": self.pads, "attention_mask": 0, "token_type_ids": 0, **self.PADDED}
@@ -156,7 +156,8 @@ class TextTask(Supervised):
         for name, value in filled.items():
             if name in batch:
                 rows = batch[name]
-                wider[name] = np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=value)
+                more = [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])]
+                wider[name] = np.pad(rows, more, constant_values=value)
         return wider
 
     def padded(self, longest: int) -> int:
@@ -185,11 +186,22 @@ class TextTask(Supervised):
         return {}
 
     def adopt(self, model: PreTrainedModel) -> None:
+        """Raises RequestError where what the model says of the shortest held-out row depends on padding."""
+        import torch
+
         from recipes.models.attention import check_right_padding
 
-        if self.cfg.parallel.pipeline > 1:  # a stage gives no logits
+        shortest = int(self.lengths(self.held_out)[0].argmin())
+        narrow = self.collate([self.held_out.row(shortest)], 1)
+        width = self.width(narrow) + MULTIPLE
+        if width > self.row_length() or self.cfg.parallel.pipeline > 1:  # all rows are as long; a stage has no outputs
             return
-        if problems := check_right_padding(model, next(model.parameters()).device, self.pads):
+        device, outputs = next(model.parameters()).device, []
+        for batch in (narrow, self.widen(narrow, width)):
+            with torch.no_grad():
+                found = self.call(model, {name: torch.as_tensor(each, device=device) for name, each in batch.items()})
+            outputs.append(found[0].float())
+        if problems := check_right_padding(model, *outputs):
             raise RequestError(problems)
 
     def real_tokens(self, batch: Mapping[str, np.ndarray]) -> int:

@@ -55,19 +55,13 @@ def check_padding(model: PreTrainedModel, device: torch.device) -> list[Problem]
     return [Problem("model", model.config.model_type, rule, "a decoder with attention, or task=causal_lm")]
 
 
-def check_right_padding(model: PreTrainedModel, device: torch.device, pads: int) -> list[Problem]:
+def check_right_padding(model: PreTrainedModel, alone: torch.Tensor, beside: torch.Tensor) -> list[Problem]:
     """What a model says of a row must not depend on the padding behind it.
 
-    A row has the same first output with and without it; not in a family that mixes tokens without a mask (FNet), or
-    reads its answer from the last place (XLNet), whose answers would depend on what stands beside a row in the batch.
-    pads: the token of padding, which decoders with a head look for.
+    It does in a family that mixes tokens without a mask (FNet), or that reads its answer from the last place (XLNet):
+    answers would depend on what stands beside a row in the batch.
+    alone, beside: outputs for one row, (1, …) or (1, T, …), and for the same with more padding.
     """
-    ids = torch.tensor([[token for token in range(1, 6) if token != pads][:4]], device=device)
-    padded = torch.nn.functional.pad(ids, (0, 4), value=pads)
-    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 4))
-    with torch.no_grad():
-        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0].float()
-        beside = model(input_ids=padded, attention_mask=mask)[0].float()
     if alone.shape != beside.shape:  # an output for each token
         beside = beside[:, : alone.shape[1]]
     if bool((alone - beside).abs().max() <= OF_HALVES * alone.abs().max()):
