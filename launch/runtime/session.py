@@ -271,7 +271,9 @@ def _look_again(progress: Progress, found: Checkpoint, cfg: Config, run_dir: Run
         nearest = f"train.steps={progress.step}, or resume=PATH of an earlier one"
         raise RequestError(Problem("train.steps", str(steps), rule, nearest))
     judged = found.manifest["config"]["eval"]
-    otherwise = any(judged.get(key) != getattr(cfg.eval, key) for key in ("metric", "beams", "new_tokens"))
+    otherwise = any(
+        judged.get(key) != getattr(cfg.eval, key) for key in ("metric", "beams", "new_tokens", "bleu_tokens")
+    )
     elsewhere = found.folder.parent.resolve() != run_dir.checkpoints.resolve()
     if stale or otherwise or elsewhere or (progress.step == steps and not run_dir.model.is_dir()):
         _forget(progress)

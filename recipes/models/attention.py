@@ -13,7 +13,9 @@ TOLERANCE = 1e-3
 """Relative to the size of the hidden states: two runs of one shape differ by kernels that are not deterministic."""
 
 OF_HALVES = 0.05
-"""The same in 16 bits, where the kernels of other shapes round otherwise, and of those that approximate attention."""
+"""The same in 16 bits, where the kernels of other shapes round otherwise."""
+OF_APPROXIMATIONS = 0.05
+"""Of outputs in families that approximate attention (YOSO: 0.04); FNet, which has no mask, is at 0.07 and more."""
 
 
 def check_causal(model: PreTrainedModel, device: torch.device) -> list[Problem]:
@@ -60,11 +62,14 @@ def check_right_padding(model: PreTrainedModel, alone: torch.Tensor, beside: tor
 
     It does in a family that mixes tokens without a mask (FNet), or that reads its answer from the last place (XLNet):
     answers would depend on what stands beside a row in the batch.
-    alone, beside: outputs for one row, (1, …) or (1, T, …), and for the same with more padding.
+    alone, beside: outputs for one row, (1, …) or (1, T, …), and for the same with more padding. Not asked in 16 bits:
+    rounding may be as large there as what a new head says.
     """
+    if model.dtype != torch.float32:
+        return []
     if alone.shape != beside.shape:  # an output for each token
         beside = beside[:, : alone.shape[1]]
-    if bool((alone - beside).abs().max() <= OF_HALVES * alone.abs().max()):
+    if bool((alone - beside).abs().max() <= OF_APPROXIMATIONS * alone.abs().max()):
         return []
     rule = "what this model says of a row depends on the padding behind it, and so on the batch"
     return [Problem("model", model.config.model_type, rule, "a family that has a mask for padding")]
