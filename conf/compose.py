@@ -101,10 +101,10 @@ def _give_way(read: Overrides) -> None:
     labels of its own; a pretrained model brings its configuration and vocabulary, another family its own sizes.
     """
     brought: dict[str, str] = {}
-    chosen = {group: _choice(group, name) for group, name in read.choices.items()}
+    chosen = {group: choice_file(group, name) for group, name in read.choices.items()}
     recipe = chosen["recipe"]
     data = recipe.get("data", {})
-    defaults = {**_defaults(_choice("", "config")), **_defaults(recipe)}
+    defaults = {**defaults_of(choice_file("", "config")), **defaults_of(recipe)}
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
         if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
             brought[f"train.{theirs}"] = "null"
@@ -121,20 +121,20 @@ def _give_way(read: Overrides) -> None:
         if "vocab_size" in data:
             brought["data.vocab_size"] = "null"
     elif "model.type" in read.values:
-        preset = chosen.get("model") or _choice("model", defaults["model"])
+        preset = chosen.get("model") or choice_file("model", defaults["model"])
         if preset.get("type") != read.values["model.type"].strip("'\""):
             own = {**preset.get("config", {}), **recipe.get("model", {}).get("config", {})}
             read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
     read.values = {**brought, **read.values}
 
 
-def _defaults(file: dict[str, Any]) -> dict[str, Any]:
+def defaults_of(file: dict[str, Any]) -> dict[str, Any]:
     """Group → choice, of the defaults list of a file."""
     entries = [entry for entry in file.get("defaults", []) if isinstance(entry, dict)]
     return {key.removeprefix("override /"): value for entry in entries for key, value in entry.items()}
 
 
-def _choice(group: str, name: str) -> dict[str, Any]:
+def choice_file(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says."""
     file = CONF_DIR / group / f"{name}.yaml"
     try:

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from conf.compose import choice_file, defaults_of
 from conf.overrides import CONF_DIR, groups
 from conf.rules_values import RANGES, WORDS, shown
 
@@ -120,9 +119,8 @@ def _section(title: str, prefix: str, text: str, members: list[Field]) -> str:
 
 def chosen(group: str) -> tuple[str, dict[str, Any]]:
     """(the choice that `conf/config.yaml` makes in a group, what its file sets)."""
-    entries = yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]
-    choice = next(entry[group] for entry in entries if isinstance(entry, dict) and group in entry)
-    return choice, yaml.safe_load((CONF_DIR / group / f"{choice}.yaml").read_text()) or {}
+    choice = defaults_of(choice_file("", "config"))[group]
+    return choice, choice_file(group, choice)
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -92,17 +92,8 @@ def add_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     A decoder's answer is read from the last token, an encoder's from the first, and both want one that sums up. It is
     a part of the tokenizer, so that it is saved with the model, and that what is cut is never an end.
     """
-    backend, end = getattr(tokenizer, "backend_tokenizer", None), tokenizer.eos_token
-    if backend is None or end is None or tokenizer.num_special_tokens_to_add():
-        return
-    from tokenizers import processors
-
-    stop = f"{end}:0"  # one segment, also of two texts: a model that was not made for pairs may have no other
-    ends = processors.TemplateProcessing(
-        single=[stop, "$A:0", stop], pair=[stop, "$A:0", stop, "$B:0", stop],
-        special_tokens=[(end, tokenizer.eos_token_id)],
-    )  # fmt: skip
-    backend.post_processor = processors.Sequence([backend.post_processor, ends]) if backend.post_processor else ends
+    if not tokenizer.num_special_tokens_to_add():
+        _put(tokenizer, "| A |", "| A | B |")
 
 
 def end_texts(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,16 +101,27 @@ def end_texts(tokenizer: PreTrainedTokenizerBase) -> None:
 
     A part of the tokenizer, as the ends of `add_ends`: whoever uses the saved model gives it what it was trained on.
     """
+    if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        _put(tokenizer, "A |", "A B |")
+
+
+def _put(tokenizer: PreTrainedTokenizerBase, single: str, pair: str) -> None:
+    """Let a tokenizer put its end of text (`|`) around a text (`A`), or two (`B`), behind what it does already.
+
+    One in Python, or without an end of text, stays as it is.
+    """
     backend, end = getattr(tokenizer, "backend_tokenizer", None), tokenizer.eos_token
-    if backend is None or end is None or tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+    if backend is None or end is None:
         return
     from tokenizers import processors
 
-    stop = [(end, tokenizer.eos_token_id)]
-    last = processors.TemplateProcessing(
-        single=["$A:0", f"{end}:0"], pair=["$A:0", "$B:0", f"{end}:0"], special_tokens=stop
-    )
-    backend.post_processor = processors.Sequence([backend.post_processor, last]) if backend.post_processor else last
+    # One segment, also of two texts: a model that was not made for pairs may have no other.
+    parts = {"|": f"{end}:0", "A": "$A:0", "B": "$B:0"}
+    ends = processors.TemplateProcessing(
+        single=[parts[part] for part in single.split()], pair=[parts[part] for part in pair.split()],
+        special_tokens=[(end, tokenizer.eos_token_id)],
+    )  # fmt: skip
+    backend.post_processor = processors.Sequence([backend.post_processor, ends]) if backend.post_processor else ends
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
