@@ -11,8 +11,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 # Started as a script, launch/ is on sys.path; the rooms are found from the repository root, from any working directory.
@@ -21,9 +22,10 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from conf.batch import Layout
 from conf.errors import Problem, RequestError, did_you_mean
-from conf.schema import ParallelConfig
+from conf.schema import Config
 from launch.planner.model_shape import ModelShape
 from launch.planner.schedule import Instruction
+from launch.planner.search import ASSUMED, ShapeOf, search
 from launch.runtime.ds_config import ds_config
 from launch.runtime.request import Request, read_request, run_command
 from recipes import recipe_class
@@ -54,17 +56,21 @@ def main(argv: list[str]) -> int:
     # Only now torch, for the model on the meta device; its advice about the model's configuration is not for here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from launch.planner.plan import make_plan
+    from recipes.models.configuration import check_network
     from recipes.models.shape import model_shape
 
     cfg, layout, device = request.cfg, request.layout, request.device
     recipe = recipe_class(cfg.task)(cfg)
 
-    def shape_in(parallel: ParallelConfig) -> ModelShape:
-        return model_shape(cfg.model, cfg.data, cfg.precision.name, parallel, recipe.hf_class(), recipe.row_length())
+    def shape_of(run: Config) -> ModelShape:
+        return model_shape(
+            run.model, run.data, run.precision.name, run.parallel, recipe.hf_class(), recipe.row_shape,
+            partial(check_network, cfg=run),
+        )  # fmt: skip
 
     if request.own["search"] == "true":
-        return show_layouts(request, wanted, shape_in)
-    shape = shape_in(cfg.parallel)
+        return show_layouts(request, wanted, shape_of)
+    shape = shape_of(cfg)
     plan = make_plan(cfg, layout, shape, ds_config(cfg, layout, device), device, programs)
     if wanted == "json":
         print(json.dumps(plan, indent=2, ensure_ascii=False))
@@ -85,12 +91,11 @@ def programs(layout: Layout, micro_batches: int) -> Sequence[Sequence[Instructio
     return programs(layout, micro_batches)
 
 
-def show_layouts(request: Request, wanted: str, shape_in: Callable[[ParallelConfig], ModelShape]) -> int:
+def show_layouts(request: Request, wanted: str, shape_of: ShapeOf) -> int:
     """Print all layouts of the request's world size."""
     from rich.console import Console
 
     from launch.planner.render import render_search
-    from launch.planner.search import ASSUMED, search
 
     cfg = request.cfg
     speeds = []
@@ -103,7 +108,7 @@ def show_layouts(request: Request, wanted: str, shape_in: Callable[[ParallelConf
             rule = "a number per second, above 0"
             raise RequestError(Problem(key, request.own[key], rule, f"{key}={assumed:g}")) from None
     found = search(
-        cfg, request.layout.world, request.environment.on(request.device), shape_in, programs, request.device, *speeds
+        cfg, request.layout.world, request.environment.on(request.device), shape_of, programs, request.device, *speeds
     )
     if wanted == "json":
         print(json.dumps([asdict(candidate) for candidate in found], indent=2, ensure_ascii=False))

@@ -107,9 +107,9 @@ class Recipe(ABC):
         """Each held-out row once, in the order of evaluation; predictions are put back into that of the rows."""
         return range(len(self.held_out))
 
-    def row_length(self) -> int:
-        """Tokens of a row at most, for the plan."""
-        return self.cfg.data.seq_length
+    def row_shape(self, config: PretrainedConfig) -> tuple[int, ...]:
+        """Shape of the model's main input for one row, for the plan: its tokens at most, (C, H, W) or (F,)."""
+        return (self.cfg.data.seq_length,)
 
     def places(self, batch: Mapping[str, np.ndarray]) -> int:
         """Places for tokens in a micro-batch, padding included."""

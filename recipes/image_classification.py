@@ -17,6 +17,7 @@ from recipes.supervised import IGNORE, NO_TEXT, Supervised
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 
 class ImageClassification(Supervised):
@@ -116,10 +117,12 @@ class ImageClassification(Supervised):
     def places(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["id"])
 
-    def row_length(self) -> int:
-        """Patches of an image, with one in front of them."""
-        patch = self.cfg.model.config.get("patch_size", 16)
-        return (self.cfg.model.config.get("image_size", 224) // patch) ** 2 + 1
+    def row_shape(self, config: PretrainedConfig) -> tuple[int, ...]:
+        from recipes.models.pretrained import package_folder
+
+        path = self.cfg.model.path
+        source = path and (package_folder(path) or path)
+        return ImageProcessor.of_model(source, config, path or str(self.cfg.model.type)).shape
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}

@@ -173,8 +173,8 @@ class NumberRegression(_Numbers):
     def places(self, batch: Mapping[str, np.ndarray]) -> int:
         return len(batch["id"])
 
-    def row_length(self) -> int:
-        return 1
+    def row_shape(self, config: PretrainedConfig) -> tuple[int, ...]:
+        return (config.num_features,)
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"features": batch["features"]}

@@ -147,6 +147,13 @@ class TextTask(Supervised):
             return [Problem(where, shown, rule, "model=bert_4m, or task=translation")]
         return problems or check_text(self.model_config(), self.tokenizer, self.row_length())
 
+    def row_length(self) -> int:
+        """Tokens of a row at most."""
+        return self.cfg.data.seq_length
+
+    def row_shape(self, config: PretrainedConfig) -> tuple[int, ...]:
+        return (self.row_length(),)
+
     def width(self, batch: Mapping[str, np.ndarray]) -> int:
         return batch["input_ids"].shape[-1]
 

@@ -93,10 +93,14 @@ def within_a_step(part: Part, shape: ModelShape, cfg: Config, layout: Layout, pl
     if layout.pipeline > 1:
         # Hidden states onward, their gradients back; a rank that holds two stages in a row keeps them.
         own, last = layout.stages_of(place), layout.stages - 1
-        onward = sum(stage < last and stage + 1 not in own for stage in own)
-        back = sum(stage > 0 and stage - 1 not in own for stage in own)
+        onward = [
+            stop for stage, (_, stop) in zip(own, part.layers, strict=True) if stage < last and stage + 1 not in own
+        ]
+        back = [start for stage, (start, _) in zip(own, part.layers, strict=True) if stage > 0 and stage - 1 not in own]
+        kept = shape.activations
+        entering = sum(kept.inputs[i] if kept else tokens * shape.hidden * weight // sequences for i in onward + back)
         divided = layout.tensor if layout.stages == layout.pipeline else 1  # in DualPipeV each tensor rank sends all
-        sent["pipeline: hidden states"] = (onward + back) * tokens * shape.hidden * weight / divided
+        sent["pipeline: hidden states"] = sequences * entering / divided
         if shape.tied and layout.loss_at != 0 and place in (0, layout.loss_at):
             copy = shape.vocab * shape.hidden / layout.tensor * element_bytes(cfg.precision.accumulation_dtype)
             sent["pipeline: tied embedding"] = all_reduce(copy, 2)

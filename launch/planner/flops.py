@@ -45,6 +45,11 @@ def flops_per_token(shape: ModelShape) -> float:
     return 6.0 * multiplying + 12.0 * shape.layers * shape.heads * shape.head_dim * shape.seq_length
 
 
+def flops_per_row(shape: ModelShape) -> float:
+    """FLOPs of forward and backward for one row: of all its tokens, or three times a forward pass that was counted."""
+    return 3.0 * shape.counted if shape.counted is not None else flops_per_token(shape) * shape.seq_length
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense FLOP/s of a device, or None when the device or the precision is not in the table: no guess.
 

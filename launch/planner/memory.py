@@ -174,7 +174,7 @@ def _activations(shape: ModelShape, cfg: Config, in_flight: float) -> int:
     total, recomputed = kept.outside, 0
     for index, layer in enumerate(kept.layers):
         if every and index % every == 0:
-            total += kept.boundary
+            total += kept.inputs[index]
             recomputed = max(recomputed, layer)
         else:
             total += layer

@@ -7,23 +7,29 @@ from typing import Protocol
 
 
 class Activations(Protocol):
-    """Bytes that one sequence keeps for backward, in the parameters' dtype."""
+    """Bytes that one row keeps for backward, and that enter each layer, in the parameters' dtype."""
 
     @property
     def layers(self) -> Sequence[int]: ...
     @property
-    def boundary(self) -> int: ...
+    def inputs(self) -> Sequence[int]: ...
     @property
     def outside(self) -> int: ...
 
 
 class ModelShape(Protocol):
-    """A model in numbers; counts are in elements, tied parameters counted once. seq_length: positions of a row."""
+    """A model in numbers; counts are in elements, tied parameters counted once.
+
+    seq_length: tokens of a row; 1 where it is none of tokens. counted: FLOPs of a row's forward pass where the rule for
+    tokens does not hold.
+    """
 
     @property
     def seq_length(self) -> int: ...
     @property
     def parameters(self) -> int: ...
+    @property
+    def counted(self) -> int | None: ...
     @property
     def idle(self) -> int: ...
     @property

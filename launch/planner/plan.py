@@ -9,7 +9,7 @@ from typing import Any
 from conf.batch import Layout, batch_line
 from conf.schema import Config
 from launch.planner.communication import bytes_per_step, within_a_step
-from launch.planner.flops import flops_per_token
+from launch.planner.flops import flops_per_row
 from launch.planner.memory import Memory, memory
 from launch.planner.model_shape import ModelShape
 from launch.planner.schedule import (
@@ -63,7 +63,7 @@ def make_plan(
             "precision": cfg.precision.name,
         },
         "tokens_per_step": tokens,
-        "flops_per_step": flops_per_token(shape) * tokens,
+        "flops_per_step": flops_per_row(shape) * (cfg.batch.global_size or 0),
         "bytes_per_rank": worst["bytes_per_rank"],
         "bytes_sent_per_rank_and_step": busiest["bytes_sent_per_rank_and_step"],
         "stages": stages,

@@ -12,6 +12,7 @@ from conf.batch import Layout
 from launch.planner.search import Candidate
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+FLOPS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("FLOP", 1.0))
 
 
 def human_bytes(size: float) -> str:
@@ -23,6 +24,11 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} {UNITS[-1]}"
 
 
+def human_flops(count: float) -> str:
+    unit, size = next(((unit, size) for unit, size in FLOPS if count >= size), FLOPS[-1])
+    return f"{count / size:,.3f} {unit}"
+
+
 def render(plan: dict[str, Any], console: Console) -> None:
     """Print the plan: facts, bytes per rank by part, bytes sent, the engine's configuration."""
     layout, model, used = plan["layout"], plan["model"], plan["bytes_per_rank"]
@@ -31,8 +37,11 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("layout", f"{layout['world']} rank{'s' * (layout['world'] > 1)} = {degrees}, on {plan['device']}"),
         ("batch", plan["batch"]["line"]),
         ("parameters", f"{model['parameters']:,} in {model['layers']} layers, {model['precision']}{_shares(model)}"),
-        ("tokens per step", f"{plan['tokens_per_step']:,}"),
-        ("arithmetic per step", f"{plan['flops_per_step'] / 1e12:,.3f} TFLOP"),
+        (
+            "rows per step" if plan["tokens_per_step"] == plan["batch"]["global_size"] else "tokens per step",
+            f"{plan['tokens_per_step']:,}",
+        ),
+        ("arithmetic per step", human_flops(plan["flops_per_step"])),
     ):
         console.print(f"{name:<21}{value}", markup=False)
     if len(plan["stages"]) > 1:

@@ -19,8 +19,8 @@ from launch.planner.schedule import Programs
 ASSUMED = {"cuda": (4e14, 2e11), "cpu": (1e11, 2e9)}
 """(FLOP/s, bytes/s) of one rank when nobody says: 40% of an H100's bf16 peak over NVLink; a core over shared memory."""
 
-ShapeOf = Callable[[ParallelConfig], ModelShape]
-"""The model's shape in a layout. Raises RequestError where the model itself forbids it."""
+ShapeOf = Callable[[Config], ModelShape]
+"""The shape of the model that a run trains, as it divides it. Raises RequestError where the model itself forbids it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _candidate(
         micro = next(iter(folded or fitting), micro)
         trial.batch = resolve_batch(BatchConfig(size, micro, None), layout)
         wrong = check(trial, layout, environment)
-        shape = shape_of(trial.parallel) if not wrong else None
+        shape = shape_of(trial) if not wrong else None
     except RequestError as error:
         wrong, shape = error.problems, None
     if shape is None:

@@ -37,21 +37,22 @@ class ImageProcessor:
         self.shape = self._looked_at(path)
 
     @classmethod
-    def of_model(cls, folder: Path | None, config: Any, path: str) -> ImageProcessor:
-        """That of a pretrained model's folder, or one which only resizes to the configuration's `image_size`.
+    def of_model(cls, source: Path | str | None, config: Any, path: str) -> ImageProcessor:
+        """That of a pretrained model, or one which only resizes to the configuration's `image_size`.
 
-        Raises RequestError where the folder has none, or the configuration does not say how large images are.
+        source: the pretrained model's folder or hub name. Raises RequestError where the folder has none, or the
+        configuration does not say how large images are.
         """
         from transformers import AutoImageProcessor, ViTImageProcessorPil
 
         channels = getattr(config, "num_channels", 3)
-        if folder is not None:
-            if not any((folder / name).is_file() for name in FILES):
+        if source is not None:
+            if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in FILES):
                 rule = f"there is no {FILE} beside it: which values its images had is not known"
                 raise RequestError(Problem("model.path", path, rule, f"a folder with the model's {FILE}"))
             try:
                 # The same values with and without torchvision, whose resizing differs in the last bit.
-                whole = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+                whole = AutoImageProcessor.from_pretrained(str(source), backend="pil")
             except Exception as error:  # it raises anything, by what the file lacks
                 rule = f"its image processor cannot be loaded ({str(error).splitlines()[0]})"
                 raise RequestError(Problem("model.path", path, rule, "another model")) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +14,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import shown
 from conf.schema import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Taken by transformers 5 and kept under other names."""
@@ -80,22 +83,25 @@ def set_dropout(config: PretrainedConfig, probability: float | None) -> Pretrain
 
 
 def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, trained: bool = True) -> list[Problem]:
-    """What keeps a model from being built and divided as asked, shown on the meta device: no memory, no weights."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from recipes.models.layouts import problems
-
+    """What keeps a model from being built and trained as asked, shown on the meta device: no memory, no weights."""
     try:
         with torch.device("meta"):
             network = hf_class.from_config(config, attn_implementation=cfg.model.attention)
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [_refused(config.model_type, error)]
-    found = problems(network, cfg.parallel)
+    return check_network(network, cfg, trained)
+
+
+def check_network(network: PreTrainedModel, cfg: Config, trained: bool = True) -> list[Problem]:
+    """What keeps a model (whole, on the meta device) from being divided and trained as asked."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from recipes.models.layouts import problems
+
+    found, family = problems(network, cfg.parallel), network.config.model_type
     batch, normalised = cfg.batch, any(isinstance(module, _BatchNorm) for module in network.modules())
     if trained and normalised and batch.micro_size != batch.global_size:
-        rule = (
-            f"{config.model_type} normalises over a micro-batch: what it learns would depend on ranks and accumulation"
-        )
+        rule = f"{family} normalises over a micro-batch: what it learns would depend on ranks and accumulation"
         nearest = "one rank with batch.accumulation=1, or a family that normalises each row (convnext, vit, swin)"
         found.append(Problem("batch.micro_size", shown(batch.micro_size), rule, nearest))
     if not any(isinstance(module, GradientCheckpointingLayer) for module in network.modules()):
@@ -103,7 +109,7 @@ def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, traine
             ("activation_checkpointing", cfg.train.activation_checkpointing, 0), ("compile", cfg.train.compile, False),
         ):  # fmt: skip
             if value:
-                rule = f"{config.model_type} has no layers that transformers knows as such"
+                rule = f"{family} has no layers that transformers knows as such"
                 found.append(Problem(f"train.{key}", shown(value), rule, f"train.{key}={shown(none)}"))
     return found
 

@@ -1,8 +1,9 @@
-"""The shape of any Hugging Face causal LM: its tensors, and what one sequence leaves behind for backward.
+"""The shape of any Hugging Face model: its tensors, and what one row leaves behind for backward.
 
 The model is built on the meta device, where tensors have shapes and no memory: nothing is loaded, an 8B model takes
 seconds. What backward will need is not guessed per family either: a forward pass over meta tensors is watched by
-`torch.autograd.graph.saved_tensors_hooks`.
+`torch.autograd.graph.saved_tensors_hooks`. Where the arithmetic is not the same for each token (images, encoder and
+decoder), it is counted in such a pass, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from conf.errors import Problem, RequestError
 from conf.schema import DataConfig, ModelConfig, ParallelConfig
 from recipes.models.costs import idle_elements
 from recipes.models.layouts import problems
-from recipes.models.plans import token_table
-from recipes.models.stage_shape import Part, Traffic, divide_on_meta, parts, stage_plan
+from recipes.models.plans import head_parameters, token_table
+from recipes.models.stage_shape import Part, Traffic, divide_on_meta, model_layers, parts, stage_plan
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,9 @@ class Activations:
     """Bytes that one sequence keeps for backward (batch 1; everything here is proportional to the micro batch)."""
 
     layers: tuple[int, ...]
-    """Of each decoder layer, its input included."""
-    boundary: int
-    """The hidden states between two layers: all that is left of a checkpointed one."""
+    """Of each layer, its input included."""
+    inputs: tuple[int, ...]
+    """The hidden states that enter each layer: all that is left of a checkpointed one, and what a stage is sent."""
     outside: int
     """Embedding, positions, last norm: what is kept outside the layers, the head excluded."""
 
@@ -46,7 +47,7 @@ class ModelShape:
 
     model_type: str
     seq_length: int
-    """Positions of a row."""
+    """Tokens of a row; 1 where rows are none of tokens."""
     parameters: int
     embedding: int
     """Lookup tables: token, position and type embeddings; a tied head is this one."""
@@ -54,7 +55,7 @@ class ModelShape:
     """The output matrix; 0 when it is tied to the embedding."""
     layers: int
     layer_parameters: tuple[int, ...]
-    """Of each decoder layer."""
+    """Of each layer."""
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
     """(name, shape) of every parameter."""
     tied: bool
@@ -68,6 +69,8 @@ class ModelShape:
     max_positions: int | None
     activations: Activations | None
     """None for a family whose forward pass looks at values (which expert?): meta tensors have none."""
+    counted: int | None = None
+    """FLOPs of one row's forward pass, where it is more than a matrix product for each token and matrix."""
     idle: int = 0
     """Elements of experts that a token does not go through: they hold memory and multiply nothing."""
     parts: tuple[Part, ...] = ()
@@ -80,24 +83,27 @@ def model_shape(
     precision: str,
     parallel: ParallelConfig | None = None,
     hf_class: Any = None,
-    seq_length: int | None = None,
+    row_shape: Callable[[PretrainedConfig], tuple[int, ...]] | None = None,
+    check: Callable[[PreTrainedModel], list[Problem]] | None = None,
 ) -> ModelShape:
     """The shape of the model that a configuration trains, in the dtype of `precision`.
 
-    hf_class: the Auto class of the task; None: causal language models. seq_length: positions of a row; None:
-    `data.seq_length`.
+    hf_class: the Auto class of the task; None: causal language models. row_shape: of the model's main input, for one
+    row, given the configuration; None: `data.seq_length` tokens. check: what else the run asks of the model; None: that
+    it can be divided.
 
-    Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make a causal LM of
+    Raises RequestError for a type, an attribute, a folder or a hub name that transformers cannot make such a model of
     (model.*), for sequences longer than the model's positions (data.seq_length), and for a model that cannot be divided
     as asked (parallel.*).
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    seq_length = seq_length or data.seq_length
     hf_class, parallel = hf_class or AutoModelForCausalLM, parallel or ParallelConfig()
     config = _config(model, data)
+    row = row_shape(config) if row_shape else (data.seq_length,)
+    of_tokens = len(row) == 1 and hasattr(config.get_text_config(), "vocab_size")
+    seq_length = row[0] if of_tokens else 1
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions and seq_length > positions:
@@ -106,7 +112,7 @@ def model_shape(
         )
         nearest = f"data.seq_length={positions * data.seq_length // seq_length}"
         raise RequestError(Problem("data.seq_length", str(data.seq_length), rule, nearest))
-    attention = _register_traced(model.attention, data.packing)
+    attention = _register_traced(model.attention, of_tokens and data.packing == "documents")
     try:
         with torch.device("meta"):
             network = hf_class.from_config(
@@ -124,9 +130,9 @@ def model_shape(
         raise RequestError(
             Problem("model", config.model_type, f"transformers cannot build this model: {_first_line(error)}")
         ) from error
-    if wrong := problems(network, parallel):
+    if wrong := check(network) if check else problems(network, parallel):
         raise RequestError(wrong)
-    layers = [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = model_layers(network, parallel)
     head = network.get_output_embeddings()
     table = token_table(network)
     tied = head is not None and table is not None and head.weight is table.weight
@@ -137,7 +143,7 @@ def model_shape(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding=_embedding(network),
         head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
-        layers=getattr(text, "num_hidden_layers", len(layers)),
+        layers=len(layers) if config.is_encoder_decoder else getattr(text, "num_hidden_layers", len(layers)),
         layer_parameters=tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         tensors=tuple((name, tuple(parameter.shape)) for name, parameter in network.named_parameters()),
         tied=tied,
@@ -149,12 +155,13 @@ def model_shape(
         head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
         max_positions=positions,
         activations=None,
+        counted=_count(network, row) if config.is_encoder_decoder or not of_tokens else None,
         idle=idle_elements(network),
     )
     stages = stage_plan(network, parallel)
     ranks = divide_on_meta(network, parallel.tensor)
     # What is inside of attention is as much per rank with all tokens of some heads as with some tokens of all heads.
-    activations = _trace(network, layers, seq_length // parallel.sequence)
+    activations = _trace(network, layers, (row[0] // parallel.sequence, *row[1:]))
     traffic = Traffic()
     if ranks is not None:
         hidden = seq_length // parallel.sequence * whole.hidden * network.dtype.itemsize
@@ -197,45 +204,51 @@ def _embedding(network: PreTrainedModel) -> int:
     return sum(tables.values())
 
 
-def _register_traced(attention: str | None, packing: str) -> str:
+def _register_traced(attention: str | None, masked: bool) -> str:
     """Register an attention that keeps for backward what the real one keeps, and works on meta tensors.
 
     Fused kernels keep query, key, value, output and one fp32 number per row (FlashAttention, Dao et al. 2022, alg. 1),
-    never the S×S scores; torch's SDPA on meta tensors would show the scores of its reference path instead. For packed
-    documents transformers hands SDPA a mask: torch turns it from bool into the query's dtype anew in each layer, and
-    grouped keys and values are then repeated to all heads. `eager` keeps the probabilities, in fp32 and in its dtype.
+    never the S×S scores; torch's SDPA on meta tensors would show the scores of its reference path instead. `masked`:
+    for packed documents and padded rows transformers hands SDPA a mask: torch turns it from bool into the query's dtype
+    anew in each layer, and grouped keys and values are then repeated to all heads. `eager` keeps the probabilities, in
+    fp32 and in its dtype; so does SDPA's own path for a mask that is learnt (T5's positions).
     """
     import torch
     from transformers import AttentionInterface
 
     eager = attention == "eager"
-    masked = attention in (None, "sdpa") and packing == "documents"
+    masked = masked and attention in (None, "sdpa")
 
     class Kept(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        def forward(ctx: Any, query: Any, key: Any, value: Any, whole: bool, masks: int) -> Any:
             batch, heads, rows, _ = query.shape
             scores = (batch, heads, rows, key.shape[2])
             # heads next to each other, as the kernels write it: what the output projection reads is the same memory
             out = query.new_empty(batch, rows, heads, value.shape[-1])
             kept = [query, key, value]
-            if eager:
+            if whole:
                 kept += [query.new_empty(scores, dtype=dtype) for dtype in {torch.float32, query.dtype}]
             else:
                 kept += [out, query.new_empty(scores[:3], dtype=torch.float32)]
-            if masked:
-                kept.append(query.new_empty(batch, 1, *scores[2:]))
+            if masks and not whole:
+                kept.append(query.new_empty(batch, masks, *scores[2:]))
             ctx.save_for_backward(*kept)
+            groups = query.shape[1] // key.shape[1]
+            probabilities = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2)
+            probabilities @ value.repeat_interleave(groups, dim=1)  # for who counts products
             return out
 
         @staticmethod
         def backward(ctx: Any, *_: Any) -> Any:
             raise NotImplementedError("traced on meta tensors, never run backwards")
 
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> Any:
+    def attend(module: Any, query: Any, key: Any, value: Any, *_: Any, position_bias: Any = None, **__: Any) -> Any:
         if (masked or eager) and key.shape[1] != query.shape[1]:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-        return Kept.apply(query, key, value), None
+        learnt = position_bias is not None and position_bias.requires_grad
+        masks = query.shape[1] if position_bias is not None else int(masked)
+        return Kept.apply(query, key, value, eager or learnt, masks), None
 
     # No mask function under this name: transformers then builds no mask, which would look at values. One name for each
     # behaviour: transformers may go on using what was first registered under a name.
@@ -244,14 +257,48 @@ def _register_traced(attention: str | None, packing: str) -> str:
     return name
 
 
-def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], seq_length: int) -> Activations | None:
-    """What a forward pass over one sequence of `seq_length` tokens saves for backward, by layer."""
+NOT_TRACED = (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError)
+"""Of a forward pass over meta tensors that looks at values ("Tensor.item() cannot be called on meta tensors")."""
+
+
+def _forward(network: PreTrainedModel, row: tuple[int, ...]) -> None:
+    """One row through all but the head. Raises one of `NOT_TRACED`."""
+    import torch
+
+    dtype = torch.long if network.main_input_name == "input_ids" else network.dtype
+    x = torch.zeros(1, *row, dtype=dtype, device="meta")
+    inputs: dict[str, Any] = {network.main_input_name: x}
+    if network.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = x
+    if network.main_input_name == "input_ids":
+        inputs["use_cache"] = False
+    network.base_model(**inputs)
+
+
+def _count(network: PreTrainedModel, row: tuple[int, ...]) -> int | None:
+    """FLOPs of one row's forward pass with the head."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            _forward(network, row)
+    except NOT_TRACED:
+        return None
+    positions = row[0] if network.main_input_name == "input_ids" else 1
+    if network.base_model is network:
+        return counter.get_total_flops()
+    return counter.get_total_flops() + 2 * positions * sum(p.numel() for p in head_parameters(network) if p.dim() > 1)
+
+
+def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], row: tuple[int, ...]) -> Activations | None:
+    """What a forward pass over one row saves for backward, by layer."""
     import torch
 
     weights = [parameter.untyped_storage() for parameter in network.parameters()]
     seen: dict[int, Any] = {storage._cdata: storage for storage in weights}
     saved = [0] * (len(layers) + 1)  # the last one: outside of the layers
-    boundary = 0
+    inputs = [0] * len(layers)
     where = len(layers)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,10 +310,10 @@ def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], seq_leng
 
     def entering(index: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal where, boundary
+            nonlocal where
             where = index
             hidden = args[0] if args else kwargs["hidden_states"]
-            boundary = max(boundary, hidden.numel() * hidden.element_size())
+            inputs[index] = hidden.numel() * hidden.element_size()
 
         return hook
 
@@ -279,10 +326,10 @@ def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], seq_leng
     network.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network.base_model(input_ids=torch.zeros(1, seq_length, dtype=torch.long, device="meta"), use_cache=False)
-    except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError):
-        return None  # "Tensor.item() cannot be called on meta tensors" and its relatives
+            _forward(network, row)
+    except NOT_TRACED:
+        return None
     finally:
         for handle in handles:
             handle.remove()
-    return Activations(tuple(saved[:-1]), boundary, saved[-1]) if boundary else None
+    return Activations(tuple(saved[:-1]), tuple(inputs), saved[-1]) if all(inputs) else None

@@ -16,7 +16,7 @@ from conf.schema import ParallelConfig
 from recipes.models.collectives import RankGroup
 from recipes.models.costs import layer_costs
 from recipes.models.layouts import split
-from recipes.models.plans import pipeline_plan, token_table
+from recipes.models.plans import NoPlanError, pipeline_plan, token_table
 from recipes.models.stages import is_tied, ranges
 from recipes.models.tensor_parallel import shard, take_shares
 
@@ -112,7 +112,7 @@ def parts(
     per_layer, before, after = plan.costs
     layout = Layout.smallest(parallel)
     layer_sizes = shape.layer_parameters and [
-        sum(p.numel() for p in layer.parameters()) for layer in _layers(network, parallel)
+        sum(p.numel() for p in layer.parameters()) for layer in model_layers(network, parallel)
     ]
     found = []
     for place in range(layout.pipeline):
@@ -137,6 +137,7 @@ def parts(
             and replace(
                 activations,
                 layers=tuple(activations.layers[i] for i in layers),
+                inputs=tuple(activations.inputs[i] for i in layers),
                 outside=activations.outside if first else 0,
             ),
         )
@@ -144,19 +145,24 @@ def parts(
             sum(per_layer[i] for i in numbers) + before * (stage == 0) + after * (stage == layout.stages - 1)
             for stage, numbers in own.items()
         )
-        share = len(layers) / max(1, len(per_layer))
+        share = len(layers) / len(per_layer) if per_layer else 1.0
         moved = Traffic(round(traffic.forward * share), round(traffic.backward * share))
         spans = tuple((numbers.start, numbers.stop) for numbers in own.values())
         found.append(Part(local, spans, costs, moved))
     return tuple(found)
 
 
-def _layers(network: PreTrainedModel, parallel: ParallelConfig) -> list[torch.nn.Module]:
-    if parallel.pipeline == 1:
-        from transformers.modeling_layers import GradientCheckpointingLayer
+def model_layers(network: PreTrainedModel, parallel: ParallelConfig) -> list[torch.nn.Module]:
+    """Those that stages are made of, else those that transformers can recompute; none where nobody names any."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
-        return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return list(network.base_model.get_submodule(pipeline_plan(network).layers).children())
+    found: list[torch.nn.Module] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if found and parallel.pipeline == 1:
+        return found
+    try:
+        return list(network.base_model.get_submodule(pipeline_plan(network).layers).children())
+    except NoPlanError:
+        return []
 
 
 def _all(network: PreTrainedModel) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -189,5 +195,5 @@ def stage_plan(network: PreTrainedModel, parallel: ParallelConfig) -> StagePlan:
     """The stages of a network that is still whole, which need not have a pipeline plan if they are one."""
     if parallel.pipeline > 1:
         return StagePlan(ranges(split(network, parallel)), layer_costs(network))
-    costs = [float(sum(p.numel() for p in layer.parameters())) for layer in _layers(network, parallel)]
+    costs = [float(sum(p.numel() for p in layer.parameters())) for layer in model_layers(network, parallel)]
     return StagePlan([range(len(costs))], (costs, 0.0, 0.0))

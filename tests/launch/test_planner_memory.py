@@ -29,7 +29,7 @@ def toy(**changes: Any) -> Any:
     tensors = [("embed.weight", (20, 20)), ("lm_head.weight", (5, 20))]
     for index in range(2):
         tensors += [(f"layers.{index}.w", (10, 20)), (f"layers.{index}.norm", (50,))]
-    activations = SimpleNamespace(layers=(700, 600), boundary=100, outside=50)
+    activations = SimpleNamespace(layers=(700, 600), inputs=(100, 100), outside=50)
     given = {
         "parameters": 1000, "idle": 0, "embedding": 400, "head": 100, "layers": 2, "layer_parameters": (250, 250),
         "tensors": tensors, "tied": False, "vocab": 5, "hidden": 20, "seq_length": SEQ, "heads": 2, "head_dim": 10,
