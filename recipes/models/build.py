@@ -262,13 +262,14 @@ def from_pretrained(
     model = on_meta(hf_class, config, dtype=dtype, attention=attention)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    base = _base_prefix(model)
     if divide is not None:
         divide(model)
     above = _initialised_above(model) if new_head_seed is not None else {}
     _fill(model, folder, device, place)
     model.tie_weights(recompute_mapping=False)
     lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    new = [] if new_head_seed is None else [name for name in lacking if _in_head(model, name)]
+    new = [] if new_head_seed is None else [name for name in lacking if _in_head(base, name)]
     _refuse_lacking(folder, [name for name in lacking if name not in new])
     if new_head_seed is not None:
         above = {name: block for name, block in above.items() if name in new}
@@ -284,9 +285,17 @@ def _refuse_lacking(folder: Path, names: list[str]) -> None:
         raise RequestError(Problem("model.path", str(folder), rule, nearest))
 
 
-def _in_head(model: PreTrainedModel, name: str) -> bool:
+def _base_prefix(model: PreTrainedModel) -> str:
+    """Where a model's base model lies in it; its largest part where the class names none that is there (CLIP)."""
+    if hasattr(model, model.base_model_prefix):
+        return model.base_model_prefix
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _in_head(base: str, name: str) -> bool:
     """Whether a parameter stands outside of the base model, or is of its pooler."""
-    return not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
+    return not name.startswith(f"{base}.") or "pooler" in name
 
 
 def _initialise_head(

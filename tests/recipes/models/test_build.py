@@ -228,3 +228,23 @@ def test_padding_that_is_also_the_end_of_text_learns(family: str, table: str, tm
         assert rows[0].std() > 0.5 * rows[1:].std()
         model(torch.tensor([[5, 0, 7]])).last_hidden_state.pow(3).sum().backward()
         assert rows.grad[0].norm() > 0
+
+
+@pytest.mark.parametrize("family", ("clip", "siglip"))
+def test_only_a_head_can_be_new_where_the_class_does_not_name_its_base(family: str, tmp_path: Path) -> None:
+    """CLIPForImageClassification says `clip` and keeps its base model in `vision_model`."""
+    from safetensors.torch import load_file, save_file
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images, texts = {**size, "image_size": 8, "patch_size": 4, "projection_dim": 8}, {**size, "vocab_size": 32}
+    config = AutoConfig.for_model(family, vision_config=images, text_config=texts)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": None, "new_head_seed": 0}
+    weights = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("classifier")}
+    save_file(weights, file, metadata={"format": "pt"})
+    from_pretrained(AutoModelForImageClassification, tmp_path, **settings)
+    weights.pop(next(name for name in weights if "layers.1" in name))
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=r"its weights lack vision_model.encoder.layers.1"):
+        from_pretrained(AutoModelForImageClassification, tmp_path, **settings)
