@@ -179,6 +179,8 @@ class Engine:
 
     def _sum(self, *values: float | torch.Tensor) -> list[float]:
         """Sum of each value over all ranks, in fp64 (losses of millions of tokens, exact counts)."""
+        if self.layout.world == 1 and not any(isinstance(value, torch.Tensor) for value in values):
+            return [float(value) for value in values]
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values])
         if self.layout.world > 1:
             dist.all_reduce(total)

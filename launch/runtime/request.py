@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -105,4 +106,6 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    # The interpreter's last collection looks through all that torch and transformers have loaded, for two seconds.
+    gc.freeze()
     raise SystemExit(code)
