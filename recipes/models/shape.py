@@ -137,6 +137,8 @@ def model_shape(
     table = token_table(network)
     tied = head is not None and table is not None and head.weight is table.weight
     heads = getattr(text, "num_attention_heads", 0)
+    if not isinstance(heads, int):  # Swin has a number for each of its stages
+        heads = 0
     whole = ModelShape(
         model_type=config.model_type,
         seq_length=seq_length,
