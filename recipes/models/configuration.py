@@ -48,9 +48,11 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
     if wrong:
         raise RequestError(wrong)
     try:
-        return AutoConfig.for_model(model_type, **{**config, "use_cache": False})
+        made = AutoConfig.for_model(model_type, **{**config, "use_cache": False})
     except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
-        raise RequestError(_refused(model_type, error)) from None
+        raise RequestError(refused(model_type, error)) from None
+    made.architectures = made.architectures or []  # None is a TypeError where a family has several classes (DeiT)
+    return made
 
 
 def _read_if_there(config: PretrainedConfig) -> set[str]:
@@ -66,7 +68,8 @@ def _read_if_there(config: PretrainedConfig) -> set[str]:
 def set_dropout(config: PretrainedConfig, probability: float | None) -> PretrainedConfig:
     """Every dropout of a configuration (attention, hidden states, embeddings, head), in place; None: as it is.
 
-    Raises RequestError when the family has none to set.
+    No layer is left out at random then (`layerdrop`): each rank would leave out others. Raises RequestError when the
+    family has none to set.
     """
     if probability is None:
         return config
@@ -79,7 +82,14 @@ def set_dropout(config: PretrainedConfig, probability: float | None) -> Pretrain
     # transformers 5.23: taggers of decoders drop a tenth before the head where their configuration has no word of it.
     for name in (*names, "classifier_dropout"):
         setattr(config, name, probability)
+    for name in _layerdrops(config):
+        setattr(config, name, 0.0)
     return config
+
+
+def _layerdrops(config: PretrainedConfig) -> list[str]:
+    """Attributes that say how often a layer is left out."""
+    return [name for name, value in vars(config).items() if name.endswith("layerdrop") and value]
 
 
 def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, trained: bool = True) -> list[Problem]:
@@ -88,7 +98,7 @@ def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, traine
         with torch.device("meta"):
             network = hf_class.from_config(config, attn_implementation=cfg.model.attention)
     except Exception as error:  # as above: whatever a family raises for its own configuration
-        return [_refused(config.model_type, error)]
+        return [refused(config.model_type, error)]
     return check_network(network, cfg, trained)
 
 
@@ -104,6 +114,11 @@ def check_network(network: PreTrainedModel, cfg: Config, trained: bool = True) -
         rule = f"{family} normalises over a micro-batch: what it learns would depend on ranks and accumulation"
         nearest = "one rank with batch.accumulation=1, or a family that normalises each row (convnext, vit, swin)"
         found.append(Problem("batch.micro_size", shown(batch.micro_size), rule, nearest))
+    for name in _layerdrops(network.config) if trained else ():
+        key = f"model.config.{name}"
+        nearest = f"{key}=0" if cfg.model.path is None else "model.dropout=0 (or what its other dropouts are to be)"
+        rule = f"{family} leaves out layers at random, each rank others"
+        found.append(Problem(key, shown(getattr(network.config, name)), rule, nearest))
     if not any(isinstance(module, GradientCheckpointingLayer) for module in network.modules()):
         for key, value, none in (
             ("activation_checkpointing", cfg.train.activation_checkpointing, 0), ("compile", cfg.train.compile, False),
@@ -125,7 +140,7 @@ def check_text(config: PretrainedConfig, tokenizer: Any, seq_length: int) -> lis
     positions = getattr(text, "max_position_embeddings", None)
     if positions and text.model_type in OFFSET_POSITIONS:
         positions -= (text.pad_token_id or 0) + 1
-    if positions and seq_length > positions:
+    if positions and 0 < positions < seq_length:
         rule = f"the model has {positions} positions"
         problems.append(Problem("data.seq_length", str(seq_length), rule, f"data.seq_length={positions}"))
     return problems
@@ -136,7 +151,8 @@ def _near(key: str, names: set[str]) -> str:
     return f"model.config.{near}" if near else ""
 
 
-def _refused(model_type: str, error: Exception) -> Problem:
+def refused(model_type: str, error: Exception) -> Problem:
+    """What transformers says against building a model."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return Problem(
         "model.config", model_type, f"transformers cannot build this model: {type(error).__name__}: {reason}"

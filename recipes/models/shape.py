@@ -99,6 +99,8 @@ def model_shape(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from recipes.models.configuration import refused
+
     hf_class, parallel = hf_class or AutoModelForCausalLM, parallel or ParallelConfig()
     config = _config(model, data)
     row = row_shape(config) if row_shape else (data.seq_length,)
@@ -106,55 +108,48 @@ def model_shape(
     seq_length = row[0] if of_tokens else 1
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
-    if positions and seq_length > positions:
+    if positions and 0 < positions < seq_length:  # XLNet says -1
         rule = f"the model has {positions} positions" + (
             f", a row {seq_length}" if seq_length != data.seq_length else ""
         )
         nearest = f"data.seq_length={positions * data.seq_length // seq_length}"
         raise RequestError(Problem("data.seq_length", str(data.seq_length), rule, nearest))
     attention = _register_traced(model.attention, of_tokens and data.packing == "documents")
+    dtype = getattr(torch, DTYPE_NAMES[precision])
     try:
         with torch.device("meta"):
-            network = hf_class.from_config(
-                config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=attention
-            )
-        network.tie_weights()
-    except KeyError:
-        # A family with attention classes of its own (Falcon, GPT-J) cannot be traced.
-        config = _config(model, data)  # the one above has the traced attention's name by now
-        with torch.device("meta"):
-            network = hf_class.from_config(
-                config, dtype=getattr(torch, DTYPE_NAMES[precision]), attn_implementation=model.attention
-            )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RequestError(
-            Problem("model", config.model_type, f"transformers cannot build this model: {_first_line(error)}")
-        ) from error
+            try:
+                network = hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
+                network.tie_weights()
+            except KeyError:
+                # A family with attention classes of its own (Falcon, GPT-J) cannot be traced.
+                config = _config(model, data)  # the one above has the traced attention's name by now
+                network = hf_class.from_config(config, dtype=dtype, attn_implementation=model.attention)
+    except Exception as error:  # whatever a family raises for its own configuration
+        raise RequestError(refused(config.model_type, error)) from error
     if wrong := check(network) if check else problems(network, parallel):
         raise RequestError(wrong)
     layers = model_layers(network, parallel)
     head = network.get_output_embeddings()
     table = token_table(network)
     tied = head is not None and table is not None and head.weight is table.weight
-    heads = getattr(text, "num_attention_heads", 0)
-    if not isinstance(heads, int):  # Swin has a number for each of its stages
-        heads = 0
+    heads, hidden = _number(text, "num_attention_heads"), _number(text, "hidden_size")
     whole = ModelShape(
         model_type=config.model_type,
         seq_length=seq_length,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         embedding=_embedding(network),
         head=0 if tied or head is None else sum(parameter.numel() for parameter in head.parameters()),
-        layers=len(layers) if config.is_encoder_decoder else getattr(text, "num_hidden_layers", len(layers)),
+        layers=len(layers) if config.is_encoder_decoder else _number(text, "num_hidden_layers", len(layers)),
         layer_parameters=tuple(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         tensors=tuple((name, tuple(parameter.shape)) for name, parameter in network.named_parameters()),
         tied=tied,
         vocab=text.vocab_size if head is not None else 0,
-        hidden=getattr(text, "hidden_size", 0),
+        hidden=hidden,
         intermediate=getattr(text, "intermediate_size", None),
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0),
+        head_dim=getattr(text, "head_dim", None) or (hidden // heads if heads else 0),
         max_positions=positions,
         activations=None,
         counted=_count(network, row) if config.is_encoder_decoder or not of_tokens else None,
@@ -166,9 +161,9 @@ def model_shape(
     activations = _trace(network, layers, (row[0] // parallel.sequence, *row[1:]))
     traffic = Traffic()
     if ranks is not None:
-        hidden = seq_length // parallel.sequence * whole.hidden * network.dtype.itemsize
+        states = seq_length // parallel.sequence * hidden * network.dtype.itemsize
         traffic = (
-            ranks.traffic() if activations else Traffic((2 * whole.layers + 1) * hidden, 2 * whole.layers * hidden)
+            ranks.traffic() if activations else Traffic((2 * whole.layers + 1) * states, 2 * whole.layers * states)
         )
     divided = parts(network, whole, activations, traffic, stages, parallel)
     return replace(whole, activations=activations, parts=divided)
@@ -193,8 +188,10 @@ def _config(model: ModelConfig, data: DataConfig) -> PretrainedConfig:
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _number(config: PretrainedConfig, name: str, otherwise: int = 0) -> int:
+    """An attribute of a configuration that is one number: Swin has as many of heads as stages, LXMERT a table."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else otherwise
 
 
 def _embedding(network: PreTrainedModel) -> int:
@@ -259,12 +256,8 @@ def _register_traced(attention: str | None, masked: bool) -> str:
     return name
 
 
-NOT_TRACED = (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError)
-"""Of a forward pass over meta tensors that looks at values ("Tensor.item() cannot be called on meta tensors")."""
-
-
 def _forward(network: PreTrainedModel, row: tuple[int, ...]) -> None:
-    """One row through all but the head. Raises one of `NOT_TRACED`."""
+    """One row through all but the head. Raises whatever a family does that looks at values."""
     import torch
 
     dtype = torch.long if network.main_input_name == "input_ids" else network.dtype
@@ -285,7 +278,7 @@ def _count(network: PreTrainedModel, row: tuple[int, ...]) -> int | None:
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             _forward(network, row)
-    except NOT_TRACED:
+    except Exception:  # each family has its own where it looks at values: a meta tensor has none
         return None
     positions = row[0] if network.main_input_name == "input_ids" else 1
     if network.base_model is network:
@@ -329,7 +322,7 @@ def _trace(network: PreTrainedModel, layers: Sequence[torch.nn.Module], row: tup
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             _forward(network, row)
-    except NOT_TRACED:
+    except Exception:  # each family has its own where it looks at values: a meta tensor has none
         return None
     finally:
         for handle in handles:

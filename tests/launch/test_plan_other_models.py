@@ -115,9 +115,9 @@ def test_tensor_ranks_exchange_what_the_blocks_add_up() -> None:
 
 
 def test_the_plan_refuses_what_training_refuses() -> None:
-    def refused(family: str, **changes: Any) -> list[str]:
+    def refused(family: str, more: dict[str, Any] | None = None, **changes: Any) -> list[str]:
         hf_class, given, row = FAMILIES[family]
-        cfg = Config(model=ModelConfig(type=family, config=dict(given)), batch=BatchConfig(4, 2, 2))
+        cfg = Config(model=ModelConfig(type=family, config={**given, **(more or {})}), batch=BatchConfig(4, 2, 2))
         for key, value in changes.items():
             setattr(cfg.train, key, value)
         with pytest.raises(RequestError) as raised:
@@ -129,3 +129,28 @@ def test_the_plan_refuses_what_training_refuses() -> None:
     assert refused("resnet") == ["batch.micro_size"], "what it learns would depend on the ranks"
     assert refused("convnext", activation_checkpointing=1) == ["train.activation_checkpointing"]
     assert refused("convnext", compile=True) == ["train.compile"]
+    assert refused("bart", {"decoder_layerdrop": 0.1}) == ["model.config.decoder_layerdrop"]
+
+
+def test_heads_may_differ_from_stage_to_stage() -> None:
+    """Swin and LeViT have lists where others have numbers; DeiT has several classes for images."""
+    swin = {
+        **IMAGES,
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    }
+    for family, given, side in (("swin", swin, 32), ("deit", VIT, 8)):
+        hf_class, row = AutoModelForImageClassification, (1, side, side)
+        found = model_shape(
+            ModelConfig(type=family, config=dict(given)),
+            DataConfig(),
+            "fp32",
+            None,
+            hf_class,
+            lambda config, row=row: row,
+        )
+        assert found.counted and found.activations
