@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -87,3 +89,21 @@ def plain_model(recipe: CausalLM) -> PreTrainedModel:
     return from_scratch(
         recipe.hf_class(), recipe.model_config(), seed=0, dtype=torch.float32, device=cpu, attention=None
     )
+
+
+def kept_for_backward(model: PreTrainedModel, **inputs: Any) -> int:
+    """Bytes that autograd keeps of one forward pass of the base model; parameters are there anyway."""
+    known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known[storage._cdata] = storage  # held, so that its address is not given away again
+            kept += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().base_model(**inputs)
+    return kept

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny import kept_for_backward
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
@@ -68,19 +69,7 @@ def real(family: str, attention: str | None = None) -> tuple[Any, dict[str, Any]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_what_autograd_keeps(family: str) -> None:
     model, inputs = real(family)
-    known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
-    measured = 0
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal measured
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known[storage._cdata] = storage
-            measured += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().base_model(**inputs)
+    measured = kept_for_backward(model, **inputs)
     planned = memory(shape(family), ONE_ROW, Layout(1, 1), "cpu")
     assert planned.device["activations"] == pytest.approx(measured, rel=0.02)
 

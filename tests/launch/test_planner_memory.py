@@ -196,24 +196,14 @@ def test_parameters_gradients_and_state_are_what_torch_makes(kind: str) -> None:
 def test_activations_are_what_autograd_keeps(kind: str, packing: str, precision: str) -> None:
     """Within 2%: what a batch shares (cos and sin of rotary positions) is planned once for each sequence."""
     import torch
+    from tiny import kept_for_backward
 
     batch, model = 3, real_model(kind, precision=precision)
     positions = None
     if packing == "documents":
         positions = torch.cat([torch.arange(SEQ // 3), torch.arange(SEQ - SEQ // 3)]).repeat(batch, 1)
-    known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
-    measured = 0
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal measured
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known[storage._cdata] = storage
-            measured += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(batch, SEQ, dtype=torch.long), position_ids=positions, use_cache=False)
+    ids = torch.zeros(batch, SEQ, dtype=torch.long)
+    measured = kept_for_backward(model, input_ids=ids, position_ids=positions, use_cache=False)
     cfg = config(0, precision, precision)
     cfg.batch.micro_size = batch
     planned = memory(shape_of(kind, packing=packing, precision=precision), cfg, Layout(1, 1), "cpu").device
