@@ -1,4 +1,7 @@
-"""Real commands in real processes, as a user starts them."""
+"""The project's commands as a user starts them, in processes of their own.
+
+`run` forks them from a server that has imported everything, unless `cold` asks for a new interpreter and launcher.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from support import warm
 
 from launch.runtime.processes import free_port
 
@@ -21,8 +26,8 @@ SMALL = (
 """A whole run in seconds: real text, a tiny model."""
 
 
-EXTENSIONS = str(Path(tempfile.gettempdir()) / f"torch_extensions_of_tests_{os.getuid()}")
-"""Where torch keeps what it compiles: one folder, or each private cache would compile the engine's kernel again."""
+NO_TORCH = "TESTS_FORBID_TORCH"
+"""In a command's environment: importing torch ends it."""
 
 
 def environment(cache: Path, **extra: str) -> dict[str, str]:
@@ -37,7 +42,6 @@ def environment(cache: Path, **extra: str) -> dict[str, str]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(cache),
         "HF_HUB_OFFLINE": "1",
-        "TORCH_EXTENSIONS_DIR": EXTENSIONS,
         **extra,
     }
 
@@ -52,10 +56,27 @@ def launcher(kind: str, ranks: int) -> list[str]:
     }[kind]
 
 
-def run(command: list, cwd: Path, env: dict[str, str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s
-    )
+def run(
+    command: list, cwd: Path, env: dict[str, str], timeout_s: float = 240, cold: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. cold: as a user does, for what is about the start itself."""
+    words = [str(word) for word in command]
+    found = None if cold else _parsed(words)
+    if found is None:
+        return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
+    server = warm.LIGHT if NO_TORCH in env else warm.FULL
+    return warm.run(*found, Path(cwd), env, timeout_s, server)
+
+
+def _parsed(words: list[str]) -> tuple[str, int, int, Path, list[str]] | None:
+    """(launcher, ranks, port, script, arguments) of a command of `launch/`; None where it is another one."""
+    kind, ranks, port, rest = "python", 1, 0, words[1:]
+    if words[0] in ("torchrun", "deepspeed"):  # as `launcher` below gives them
+        kind, port, ranks, rest = words[0], int(words[2]), int(words[4]), words[5:]
+    elif words[0] not in ("python", sys.executable):
+        return None
+    script = Path(rest[0]) if rest else Path()
+    return (kind, ranks, port, script, rest[1:]) if script.parent == ROOT / "launch" else None
 
 
 def rows(run_dir: Path) -> tuple[list[dict], list[dict]]:

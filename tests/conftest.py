@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Generator
+
+import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/runtime/processes.py has it, before the servers load torch
+# Where torch keeps what it compiles: one folder for the suite, which stays, or each private cache would compile again.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/torch_extensions_of_tests_{os.getuid()}")
+
+from support import pace, warm  # noqa: E402 - after the settings
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pace", action="store_true", help="say what took how long, and how it compares to the budget")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return
+    if config.getoption("--pace"):
+        config.pluginmanager.register(pace.Pace(pace.calibration()))
+    folder = pace.run_folder()
+    folder.__enter__()
+    config.add_cleanup(lambda: folder.__exit__(None, None, None))
+    if config.getoption("numprocesses", None):
+        for server in (warm.FULL, warm.LIGHT):
+            server.begin()  # one for all workers; it imports while they collect
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    pace.long_first(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with pace.turn(item.get_closest_marker("alone") is not None):
+        return (yield)

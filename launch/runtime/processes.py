@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
@@ -10,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import Problem, RequestError
-from launch.runtime import kernels
+
+
+SPINS = 3000
+"""Turns (some microseconds) that a thread of OpenMP waits for the others of its rank before it sleeps.
+
+libgomp's own default is milliseconds. On cores that nobody else uses the two are equally fast; beside another job the
+threads spin while the one that they wait for has no core: a small network's step took 628 ms in place of 6, and with
+this 25 (`python benchmarks/threads.py`).
+"""
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,11 @@ def check_port(ranks: Ranks) -> None:
 def set_environment(ranks: Ranks, device: str) -> None:
     """Complete the rendezvous variables of a plain `python` start and choose the engine's accelerator.
 
-    Must run before deepspeed is imported: it settles on an accelerator then.
+    Must run before torch and deepspeed are imported: they settle on threads and an accelerator then.
     """
     os.environ["DS_ACCELERATOR"] = device
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     # The engine builds its offload kernels with the ninja of this environment, activated or not.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if ranks.world == 1:
@@ -91,34 +100,19 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     import deepspeed
     import torch
 
+    from launch.runtime import patches
+
     if device == "cuda" and ranks.local_rank >= torch.cuda.device_count():
         rule = f"this machine has {torch.cuda.device_count()} GPUs for {ranks.local_world} ranks"
         raise RequestError(Problem("ranks", str(ranks.local_world), rule, f"--num_gpus {torch.cuda.device_count()}"))
     torch.set_num_threads(threads_per_rank(threads, ranks.local_world))
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
-    if device == "cpu":
-        kernels.build("ShareMemCommBuilder")
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        _forget_shared_memory(ranks)
+        patches.no_shared_memory_kernel()
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        if device == "cpu":
-            torch.distributed.barrier()  # all have mapped it
-            _forget_shared_memory(ranks)
     return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
-
-
-def _forget_shared_memory(ranks: Ranks) -> None:
-    """Take away the name of the buffer that the engine's CPU kernel reduces in (deepspeed 0.19.8 never does).
-
-    A killed run would leave 66 MB per rank in memory, and a later one on the same port would start from its states.
-    Whoever has mapped it keeps it until it ends.
-    """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}"
-    with contextlib.suppress(OSError):
-        (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def leave() -> None:

@@ -103,7 +103,8 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
         terminal.say(f"{cfg.name}: {batch_line(cfg.batch, layout)}")
         if (said := recipe.said()) is not None:
             terminal.say(said)
-        terminal.say("starting the engine (a machine's first run compiles a kernel: about a minute)")
+        compiles = cfg.zero.offload_optimizer != "none"
+        terminal.say("starting the engine" + (" (a machine's first such run compiles a kernel)" if compiles else ""))
         terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
         device = processes.join(ranks, request.device, cfg.train.threads)
         launcher = parents.Launcher() if parents.LAUNCHED else None

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
+
+from conf import compose
+
+_composed: dict[tuple[str, ...], Any] = {}
+_compose = compose._compose
 
 
 @pytest.fixture(autouse=True)
 def empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def each_request_once(monkeypatch):
+    """Hydra takes a fifth of a second for a request, and many tests look at the same ones; no file of conf/ changes."""
+
+    def remembered(read):
+        key = tuple(read.for_hydra())
+        if key not in _composed:
+            _composed[key] = _compose(read)
+        return copy.deepcopy(_composed[key])
+
+    monkeypatch.setattr(compose, "_compose", remembered)
+    monkeypatch.setattr("conf_cases._compose", remembered)

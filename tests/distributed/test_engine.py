@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -319,18 +318,3 @@ def deepspeed_sum(value: torch.Tensor) -> None:
 def test_a_second_run_in_one_process_has_its_own_process_group() -> None:
     """deepspeed 0.19.8 keeps groups that torch's own destroy_process_group has ended."""
     assert run_ranks(2, two_groups) == [[2.0, 2.0], [2.0, 2.0]]
-
-
-def named_shared_memory(rank: int, world: int) -> tuple[list[str], float]:
-    """Names of the kernel's buffers of this job, and a sum over all ranks that goes through them."""
-    from deepspeed import comm
-
-    total = torch.full((4096,), float(rank + 1))
-    comm.all_reduce(total)
-    name = f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*"
-    return [path.name for path in Path("/dev/shm").glob(name)], float(total.mean())
-
-
-def test_deepspeed_0_19_8_leaves_its_shared_memory_to_nobody() -> None:
-    """It never takes the names away: a killed run would keep the memory, and its states meet the next on its port."""
-    assert run_ranks(2, named_shared_memory) == [([], 3.0)] * 2

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from commands import EXTENSIONS
-from ranks import _context
+from support.server import Line
+from support.warm import FULL, look_again, rank_environment, wait_for, write_to
 
 from launch.runtime.interruption import EXIT_CODE as INTERRUPTED
 from launch.runtime.processes import free_port
@@ -142,21 +142,14 @@ def _rank(
     code = 1
     try:
         os.chdir(folder)
-        log = os.open(folder / f"out_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        write_to(1, folder / f"out_{rank}.log")
+        write_to(2, folder / f"out_{rank}.log")
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), XDG_CACHE_HOME=str(folder.parent / "cache"),
-            TORCH_EXTENSIONS_DIR=EXTENSIONS,
-        )  # fmt: skip
-        from launch.runtime import parents
+        os.environ.update(rank_environment(rank, WORLD, port), XDG_CACHE_HOME=str(folder.parent / "cache"))
+        look_again()
         from launch.runtime.request import run_command
         from launch.train import main
 
-        parents.LAUNCHED, parents.STARTED_BY = True, os.getppid()
-        parents.Launcher.__init__.__defaults__ = (os.getppid(),)
         for fault in faults:
             if fault.phase is not None and fault.who == rank:
                 _before(*_places()[fault.phase], functools.partial(_act, fault, folder), fault.at)
@@ -176,26 +169,9 @@ def _rank(
         os._exit(code)
 
 
-def _end(ranks: set[int]) -> None:
-    """Ask, wait, and kill."""
-    for number, wait_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 0.0)):
-        for rank in ranks:
-            with contextlib.suppress(OSError):
-                os.kill(rank, number)
-        end = time.monotonic() + wait_s
-        while time.monotonic() < end and any(_is_there(rank) for rank in ranks):
-            time.sleep(0.05)
-
-
-def _is_there(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def _launcher(folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None) -> None:
-    """As launchers do: start ranks; when one dies, end the others; the exit code is that of the first to fail."""
-    os.setpgrp()
+def _launcher(
+    line: Line, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None
+) -> None:
     port = free_port()
     ranks = []
     for rank in range(WORLD):
@@ -204,14 +180,7 @@ def _launcher(folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...
             _rank(rank, port, folder, arguments, faults, poisoned)
         ranks.append(pid)
     (folder / "pids.json").write_text(json.dumps({"launcher": os.getpid(), "ranks": ranks}))
-    code, left = 0, set(ranks)
-    while left:
-        pid, status = os.wait()
-        left.discard(pid)
-        if status and not code:
-            code = os.waitstatus_to_exitcode(status)
-            _end(left)
-    os._exit(code & 0xFF)
+    os._exit(wait_for(set(ranks)) & 0xFF)
 
 
 @dataclass(frozen=True)
@@ -233,10 +202,9 @@ def run_job(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pids.json").unlink(missing_ok=True)
     started = time.monotonic()
-    process = _context.Process(target=_launcher, args=(folder, (*ARGUMENTS, *more), faults, poisoned))
-    process.start()
+    process = FULL.start(_launcher, folder, (*ARGUMENTS, *more), faults, poisoned)
     for fault in (fault for fault in faults if fault.phase is None):
-        while not (folder / "pids.json").exists() and process.is_alive():
+        while not (folder / "pids.json").exists() and process.wait(0) is None:
             time.sleep(0.01)
         time.sleep(max(0.0, fault.after_s - (time.monotonic() - started)))
         pids = json.loads((folder / "pids.json").read_text())
@@ -245,20 +213,17 @@ def run_job(
                 os.killpg(pids["launcher"], fault.signal)
             else:
                 os.kill(pids["launcher"] if fault.who == "launcher" else pids["ranks"][fault.who], fault.signal)
-    process.join(limit_s)
-    if process.is_alive():
+    if process.wait(limit_s) is None:
         orphans = _group(process.pid)
-        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
         raise TimeoutError(
             f"{[str(fault) for fault in faults]}: the job of {orphans} still runs after {limit_s} s, see {folder}"
         )
     end = time.monotonic() + CALM_S
     while (orphans := _group(process.pid)) and time.monotonic() < end:
         time.sleep(0.1)
-    for orphan in orphans:
-        with contextlib.suppress(OSError):
-            os.kill(orphan, signal.SIGKILL)
-    return Outcome(process.exitcode, orphans, time.monotonic() - started)
+    process.kill()
+    return Outcome(process.code, orphans, time.monotonic() - started)
 
 
 def _group(leader: int | None) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -10,11 +12,13 @@ from typing import Any
 import pytest
 from commands import PLAN, SMALL, TRAIN, environment, run
 from filelock import FileLock
+from ranks import run_ranks
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 import recipes.models.linear  # noqa: F401 - makes the linear model known to transformers
 from conf.errors import RequestError
 from conf.schema import Config
+from launch.runtime.processes import free_port
 from launch.runtime.run_dir import RunDir
 from recipes.models.configuration import check_buildable, scratch_config
 
@@ -123,13 +127,30 @@ def test_a_model_that_has_become_nan_is_not_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_lock_left_by_an_interrupted_build_does_not_hang(tmp_path: Path) -> None:
-    """torch (2.13) waits for its own lock file for ever; a run takes it away, under a lock that dies with its owner."""
-    extensions = tmp_path / "extensions"
-    stale = extensions / "deepspeed_shm_comm" / "lock"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    env = environment(tmp_path / "cache", TORCH_EXTENSIONS_DIR=str(extensions))
-    done = run([sys.executable, TRAIN, *SMALL, "eval.prompt=null", "eval.new_tokens=48"], tmp_path, env)
+def test_deepspeed_0_19_8_compiles_nothing_that_a_run_does_not_use(tmp_path: Path) -> None:
+    """Its all-reduce over shared memory would take a minute and a compiler, and leave memory behind when killed."""
+    extensions, port = tmp_path / "extensions", str(free_port())
+    env = environment(tmp_path / "cache", TORCH_EXTENSIONS_DIR=str(extensions), CXX="/bin/false", MASTER_PORT=port)
+    done = run([sys.executable, TRAIN, *SMALL], tmp_path, env)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not extensions.exists() and "compiles a kernel" not in done.stdout
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+
+
+def builds(rank: int, world: int) -> None:
+    """Have the kernel of the offloaded step."""
+    from launch.runtime import kernels
+
+    kernels.build("CPUAdamBuilder")
+
+
+@pytest.mark.slow
+def test_a_lock_left_by_an_interrupted_build_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch (2.13) waits for its own lock file for ever; a run takes it away, under a lock that dies with its owner."""
+    run_ranks(1, builds)
+    compiled, extensions = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "cpu_adam", tmp_path / "extensions"
+    shutil.copytree(compiled, extensions / "cpu_adam")
+    (extensions / "cpu_adam/lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    run_ranks(1, builds, timeout_s=120)
     assert FileLock(extensions / "deepspeed_recipes.lock").acquire(timeout=0)

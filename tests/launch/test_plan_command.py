@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import PLAN, environment, run
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def plan(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch/plan.py"), *arguments]
-    return subprocess.run(command, cwd=cwd or tempfile.mkdtemp(), capture_output=True, text=True, check=False)
+def plan(*arguments: str, cwd: Path | None = None, cold: bool = False) -> subprocess.CompletedProcess[str]:
+    folder = cwd or Path(tempfile.mkdtemp())
+    return run([sys.executable, PLAN, *arguments], folder, environment(folder / "cache"), cold=cold)
 
 
 def test_json_is_one_object_and_adds_up(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_table_shows_the_batch_and_every_part() -> None:
 )
 def test_wrong_requests_end_at_once_without_a_traceback(arguments: tuple[str, ...], says: str) -> None:
     started = time.perf_counter()
-    done = plan(*arguments)
+    done = plan(*arguments, cold=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error:") and says in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""

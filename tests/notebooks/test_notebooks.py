@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from support import kernel, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+class WarmKernels(AsyncKernelManager):
+    """Kernels that are forked from the suite's server."""
+
+    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        return [sys.executable, kernel.__file__, "-f", self.connection_file]
 
 
 def test_there_are_notebooks() -> None:
@@ -37,7 +47,13 @@ def test_runs_where_a_user_starts_it(path: Path, tmp_path: Path, monkeypatch: py
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH"):
         monkeypatch.delenv(variable, raising=False)
     notebook = nbformat.read(tmp_path / "notebooks" / path.name, as_version=4)
-    client = NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path / "notebooks")}})
+    warm.FULL.begin()
+    client = NotebookClient(
+        notebook,
+        timeout=240,
+        resources={"metadata": {"path": str(tmp_path / "notebooks")}},
+        kernel_manager_class=WarmKernels,
+    )
     client.execute()  # CellExecutionError, with the cell and its traceback, when one fails
     kinds = {kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})}
     assert "image/png" in kinds, "no picture was shown"
