@@ -15,7 +15,8 @@ from launch.wheelhouse import House, Request, Target, listed, pins, read
 
 INDEX = {
     # name: (version, what its wheel needs, its tag, behind "source" where there is only an archive to build)
-    "engine": ("1.0", ("maths>=2", "old; python_version < '3.10'", "new; python_version > '3.11'"), "source py3-none-any"),
+    "engine": ("1.0", ("maths>=2", "old; python_version < '3.10'", "new; python_version > '3.11'"),
+               "source py3-none-any"),
     "maths": ("2.5", ("words[fast]",), "cp312-cp312-manylinux2014_x86_64"),
     "words": ("0.3", ("quick; extra == 'fast'", "slow; extra == 'slow'"), "py3-none-any"),
     "new": ("7", (), "py3-none-any"),
@@ -36,7 +37,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         if "source" in tag and verb == "download":
             return "No matching distribution found"
         stem = f"{name}-{version}"
-        with zipfile.ZipFile(tmp_path / f"{stem}-{tag.removeprefix('source ')}.whl", "w") as archive:
+        with zipfile.ZipFile(Path(words[-2]) / f"{stem}-{tag.removeprefix('source ')}.whl", "w") as archive:
             lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
             archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(["Metadata-Version: 2.1", *lines, "", "Text."]))
         return ""
@@ -46,7 +47,9 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def filled(*pinned: str, skip: tuple[str, ...] = (), have: str = "") -> House:
         monkeypatch.setattr(wheelhouse, "pins", lambda tests: [wheelhouse.Requirement(pin) for pin in pinned])
         target = Target("3.12", "manylinux_2_28_x86_64")
-        made = House(Request(tmp_path, target, frozenset(skip), listed(have), (), False), tmp_path)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        made = House(Request(folder, target, frozenset(skip), listed(have), (), False), folder)
         made.fill()
         return made
 
