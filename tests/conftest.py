@@ -13,11 +13,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as launch/runtime/processes.py has it, before the servers load torch
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # two workers side by side: benchmarks/README.md, "Threads that spin"
 # Where torch keeps what it compiles: one folder for the suite, which stays, or each private cache would compile again.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/torch_extensions_of_tests_{os.getuid()}")
 
-from support import pace, warm  # noqa: E402 - after the settings
+from support import pace, warm
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,15 +11,6 @@ from pathlib import Path
 from conf.errors import Problem, RequestError
 
 
-SPINS = 3000
-"""Turns (some microseconds) that a thread of OpenMP waits for the others of its rank before it sleeps.
-
-libgomp's own default is milliseconds. On cores that nobody else uses the two are equally fast; beside another job the
-threads spin while the one that they wait for has no core: a small network's step took 628 ms in place of 6, and with
-this 25 (`python benchmarks/threads.py`).
-"""
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among all (from the environment the launcher made)."""
@@ -74,11 +65,9 @@ def check_port(ranks: Ranks) -> None:
 def set_environment(ranks: Ranks, device: str) -> None:
     """Complete the rendezvous variables of a plain `python` start and choose the engine's accelerator.
 
-    Must run before torch and deepspeed are imported: they settle on threads and an accelerator then.
+    Must run before deepspeed is imported: it settles on an accelerator then.
     """
     os.environ["DS_ACCELERATOR"] = device
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is loaded
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     # The engine builds its offload kernels with the ninja of this environment, activated or not.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if ranks.world == 1:

@@ -1,6 +1,7 @@
 """The whole parity matrix; writes docs/matrix.md: `make test-matrix` (about an hour on two cores).
 
-    python tests/distributed/matrix_report.py every=8   # every eighth case only
+    python tests/distributed/matrix_report.py every=8          # every eighth case only
+    python tests/distributed/matrix_report.py state=FILE.jsonl  # what the file has is not run again
 
 Exit code 1 when a gradient, norm or loss of any case is off by more than 1e-5.
 """
@@ -8,6 +9,7 @@ Exit code 1 when a gradient, norm or loss of any case is off by more than 1e-5.
 # ruff: noqa: E402 - started as a script, it first puts the suite on sys.path
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -38,14 +40,28 @@ def chunks(cases: list[Case]) -> Iterator[list[Case]]:
             yield group[first : first + AT_ONCE]
 
 
-def main(every: int) -> int:
+def known(state: Path | None) -> dict[str, dict[str, float]]:
+    """Case → errors, of a run that was stopped."""
+    if state is None or not state.exists():
+        return {}
+    return {name: found for line in state.read_text().splitlines() for name, found in json.loads(line).items()}
+
+
+def main(every: int, state: Path | None = None) -> int:
     cases = matrix()[::every]
-    done, bad = 0, []
+    done, bad, before = 0, [], known(state)
     rows: dict[tuple, list] = defaultdict(lambda: [0, {}])
     for group in chunks(cases):
-        ranks = run_ranks(group[0].world, train, group, STEPS, timeout_s=1200)
-        for number, case in enumerate(group):
-            found = errors(case, [rank[number] for rank in ranks], STEPS)
+        if missing := [case for case in group if str(case) not in before]:
+            ranks = run_ranks(group[0].world, train, missing, STEPS, timeout_s=1200)
+            new = {str(case): errors(case, [rank[number] for rank in ranks], STEPS)
+                   for number, case in enumerate(missing)}  # fmt: skip
+            before |= new
+            if state is not None:
+                with state.open("a") as file:
+                    file.write(json.dumps(new) + "\n")
+        for case in group:
+            found = before[str(case)]
             entry = rows[(case.data, case.tensor, case.pipeline, case.sequence)]
             entry[0] += 1
             entry[1] = {key: max(value, entry[1].get(key, 0.0)) for key, value in found.items()}
@@ -84,5 +100,5 @@ def document(rows: dict, count: int, every: int) -> str:
 
 
 if __name__ == "__main__":
-    wanted = [argument.removeprefix("every=") for argument in sys.argv[1:] if argument.startswith("every=")]
-    raise SystemExit(main(int(wanted[0]) if wanted else 1))
+    own = {"every": "1", "state": ""} | dict(word.split("=", 1) for word in sys.argv[1:])
+    raise SystemExit(main(int(own["every"]), Path(own["state"]) if own["state"] else None))

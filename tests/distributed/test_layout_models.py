@@ -174,6 +174,7 @@ def bubble_of(rank: int, world: int, most: float, split: list[int], accumulation
     return min(bubbles)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("split, micro_batches", [([2, 2], 4), ([2, 2], 8), ([1, 3], 8), ([1, 1, 1, 1], 8)])
 def test_the_bubble_is_what_the_plan_predicts(split: list[int], micro_batches: int) -> None:
     """(p-1)/(m+p-1) for equal stages, and the wait for the slowest of unequal ones.
@@ -189,6 +190,7 @@ def test_the_bubble_is_what_the_plan_predicts(split: list[int], micro_batches: i
         assert expected - 0.005 < measured < most
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("micro_batches", [4, 8])
 def test_the_bubble_of_dualpipev(micro_batches: int) -> None:
     """The same for two stages on each rank; the prediction is the time of the engine's own instructions."""

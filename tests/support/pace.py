@@ -75,7 +75,9 @@ class Pace:
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         if self.late:
-            print(f"THE SUITE IS OVER ITS BUDGET of {BUDGET:.0f} calibration runs (twenty minutes): see tests/README.md")
+            print(
+                f"THE SUITE IS OVER ITS BUDGET of {BUDGET:.0f} calibration runs (twenty minutes): see tests/README.md"
+            )
 
 
 def long_first(items: list[pytest.Item]) -> None:

@@ -9,11 +9,12 @@ import importlib
 import pkgutil
 
 LIBRARIES = (
-    "torch", "deepspeed", "transformers", "datasets", "tokenizers.implementations", "pytest", "hypothesis", "numpy.testing",
+    "torch", "deepspeed", "transformers", "datasets", "tokenizers.implementations", "pytest", "hypothesis",
+    "numpy.testing",
     "safetensors.torch", "gguf", "sentencepiece", "PIL.Image", "pyarrow.parquet", "tensorboard.compat.proto.event_pb2",
     "torch.utils.tensorboard", "matplotlib.pyplot", "sacrebleu", "seqeval.metrics", "sklearn.datasets",
-    "torchmetrics.functional.classification", "torchmetrics.functional.regression", "torchmetrics.text", "rich.progress",
-    "rich.table", "hydra._internal.config_loader_impl", "hydra.core.plugins",
+    "torchmetrics.functional.classification", "torchmetrics.functional.regression", "torchmetrics.text",
+    "rich.progress", "rich.table", "hydra._internal.config_loader_impl", "hydra.core.plugins",
     "ipykernel.kernelapp", "ipykernel.ipkernel", "IPython.display",
     # What torch and deepspeed load when they are first used.
     "torch._dynamo", "functorch.compile", "torch._inductor.lowering", "torch._export", "torch.export",
@@ -24,8 +25,9 @@ LIBRARIES = (
     "transformers.integrations.deepspeed", "transformers.modeling_gguf_pytorch_utils", "transformers.pipelines",
 )  # fmt: skip
 FAMILIES = (
-    "llama", "gpt2", "qwen2", "qwen3", "mixtral", "bert", "roberta", "xlm_roberta", "camembert", "electra", "distilbert",
-    "modernbert", "deberta", "deberta_v2", "albert", "mpnet", "vit", "convnext", "bart", "t5", "marian", "auto",
+    "llama", "gpt2", "qwen2", "qwen3", "mixtral", "bert", "roberta", "xlm_roberta", "camembert", "electra",
+    "distilbert", "modernbert", "deberta", "deberta_v2", "albert", "mpnet", "vit", "convnext", "bart", "t5", "marian",
+    "auto",
 )  # fmt: skip
 ROOMS = ("conf", "recipes", "launch")
 

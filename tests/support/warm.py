@@ -141,4 +141,3 @@ def _end(running: set[int], patience_s: float = 5.0) -> None:
 def _works(pid: int) -> bool:
     status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     return status is None
-

@@ -129,7 +129,7 @@ class Watcher(importlib.abc.MetaPathFinder):
             if spec is not None and spec.loader is not None:
                 execute = spec.loader.exec_module
 
-                def exec_module(module: Any) -> None:
+                def exec_module(module: Any, execute: Any = execute, name: str = name) -> None:
                     execute(module)
                     wrap(module, WRAPPED[name])
 
