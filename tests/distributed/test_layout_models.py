@@ -133,6 +133,28 @@ def test_tensor_ranks_drop_the_same() -> None:
     assert abs(loss - expected[0][0]) > 1e-4, "dropout is on"
 
 
+def drawn(rank: int, world: int, cases: list[Case]) -> list[np.ndarray]:
+    """For each layout, what this rank's next dropout leaves of 64 ones."""
+    from launch.runtime.ds_config import ds_config
+    from launch.runtime.staged import make_engine
+
+    found = []
+    for case in cases:
+        cfg, layout = configuration(case)
+        recipe = TinyCausalLM(cfg)
+        recipe.prepare()
+        make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), torch.device("cpu"), 3)
+        found.append(torch.nn.functional.dropout(torch.ones(64)).numpy())
+    return found
+
+
+def test_dropout_is_drawn_for_each_data_rank() -> None:
+    """And for each share of a sequence and each stage: alike it would hide the same units of all rows of a batch."""
+    cases = [Case("gpt2", data=2), Case("gpt2", sequence=2), Case("gpt2", pipeline=2), Case("gpt2", tensor=2)]
+    one, other = run_ranks(2, drawn, cases)
+    assert [bool((mine == theirs).all()) for mine, theirs in zip(one, other, strict=True)] == [False] * 3 + [True]
+
+
 class _Slow(torch.autograd.Function):
     """Takes 50 ms forward and 50 ms backward."""
 
