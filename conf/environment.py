@@ -32,6 +32,8 @@ class Environment:
     """By the CPU, for device=cpu on a machine with GPUs."""
     compiler: bool = True
     """A C++ compiler (CXX or c++)."""
+    cuda_compiler: bool = True
+    """nvcc where torch looks for it (CUDA_HOME, PATH, /usr/local/cuda), for the engine's kernels on GPUs."""
     ninja: bool = True
     python_headers: bool = True
     libaio: bool = False
@@ -62,6 +64,11 @@ class Environment:
         }
         return [name for name, there in parts.items() if not there]
 
+    def missing_cuda_toolchain(self) -> list[str]:
+        """The same for the engine's kernels on GPUs."""
+        nvcc = "CUDA compiler (nvcc in CUDA_HOME, of the CUDA version that torch was built for)"
+        return self.missing_toolchain() + ([] if self.cuda_compiler else [nvcc])
+
 
 def detect() -> Environment:
     """The environment of this process. Takes a few milliseconds without a GPU, one `nvidia-smi` with one."""
@@ -78,6 +85,7 @@ def detect() -> Environment:
         bf16_supported=True,
         cpu_fp16_supported=cpu_fp16,
         compiler=shutil.which(os.environ.get("CXX", "c++")) is not None,
+        cuda_compiler=_has_nvcc(),
         ninja=shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None,
         python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
         libaio=header and ctypes.util.find_library("aio") is not None,
@@ -117,11 +125,18 @@ def _prebuilt_kernels() -> frozenset[str]:
     return frozenset(re.findall(r"'(\w+)':\s*True", found.group(1))) if found else frozenset()
 
 
+def _has_nvcc() -> bool:
+    """Whether there is a CUDA compiler where torch and the engine look for one (torch/utils/cpp_extension.py)."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home)] if home else [Path("/usr/local/cuda")]
+    return any((place / "bin" / "nvcc").is_file() for place in places) or (not home and bool(shutil.which("nvcc")))
+
+
 def _gpus() -> list[float | None]:
     """Compute capability of each visible NVIDIA GPU (None: unknown); empty without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    limit = None if visible is None else len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
-    if limit == 0:
+    wanted = None if visible is None else [v.strip() for v in visible.split(",") if v.strip() not in ("", "-1")]
+    if wanted == []:
         return []
     found: list[float | None] = []
     if shutil.which("nvidia-smi"):
@@ -134,4 +149,12 @@ def _gpus() -> list[float | None]:
     if not found:
         folder = Path("/proc/driver/nvidia/gpus")
         found = [None for _ in folder.iterdir()] if folder.is_dir() else []
-    return found[:limit]
+    if wanted is None:
+        return found
+    # Numbers choose among all GPUs; names (GPU-…, MIG-…) are not looked up. CUDA stops at a number that is none.
+    chosen: list[float | None] = []
+    for name in wanted:
+        if name.isdigit() and int(name) >= len(found):
+            break
+        chosen.append(found[int(name)] if name.isdigit() else None)
+    return chosen if found else []

@@ -15,6 +15,8 @@ from conf.rules_values import shown
 from conf.schema import Config
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Attention → the package that transformers 5.23 asks for it (utils/import_utils.py)."""
 WIDTHS = (("hidden_size", "num_attention_heads"), ("n_embd", "n_head"), ("num_attention_heads", "num_key_value_heads"))
 """Pairs of sizes where the second divides the first (unless a head_dim says otherwise)."""
 COUNTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
@@ -78,8 +80,8 @@ def attention(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
             yield Problem("model.attention", name, "flash attention runs on CUDA only", "model.attention=sdpa")
         elif cfg.precision.name == "fp32":
             yield Problem("model.attention", name, "flash attention computes in bf16 or fp16", "precision=bf16")
-        elif importlib.util.find_spec("flash_attn") is None:
-            yield Problem("model.attention", name, "the flash_attn package is not installed", "model.attention=sdpa")
+        elif importlib.util.find_spec(package := FLASH[name]) is None:
+            yield Problem("model.attention", name, f"the {package} package is not installed", "model.attention=sdpa")
 
 
 def weights(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

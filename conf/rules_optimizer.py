@@ -87,11 +87,16 @@ def fused(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
 
 
 def needs_cuda(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """Lion and LAMB are CUDA kernels of the engine; Lion also has an offloaded one for CPUs."""
+    """Lion and LAMB are CUDA kernels of the engine, compiled at start; Lion also has an offloaded one for CPUs."""
     name = cfg.optimizer.name.lower()
-    if env.device == "cuda" or name not in ("lion", "lamb"):
+    if name not in ("lion", "lamb"):
         return
-    if name == "lamb":
+    if env.device == "cuda":
+        offloaded = cfg.zero.offload_optimizer != "none"
+        if not offloaded and f"fused_{name}" not in env.prebuilt and (missing := env.missing_cuda_toolchain()):
+            rule = f"the engine compiles its kernel of {name}, and here is no {', no '.join(missing)}"
+            yield Problem("optimizer.name", name, rule, "install it, or optimizer=adamw")
+    elif name == "lamb":
         yield Problem("optimizer.name", name, "the engine has LAMB for CUDA only", "optimizer=adamw")
     elif cfg.zero.offload_optimizer == "none":
         rule = "the engine has Lion for CUDA, and for CPUs with offload only"

@@ -81,7 +81,7 @@ def sequence_length(cfg: Config, layout: Layout, env: Environment) -> Iterator[P
 
 
 def sequence_attention(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """Attention that takes masks of whole sequences from outside, which eager attention of a family does not."""
+    """Attention that takes masks of whole sequences from outside: neither a family's eager one nor flash attention."""
     kind = cfg.model.attention
     if cfg.parallel.sequence > 1 and kind not in (None, *WRAPPED):
         rule = f"sequence parallelism wraps {', '.join(WRAPPED)}"
@@ -94,6 +94,22 @@ def optimizer(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
     if cfg.parallel.tensor > 1 and (why := WHOLE_MATRIX_OPTIMIZERS.get(name)):
         rule = f"{why}, and a tensor rank has only a share (parallel.tensor={cfg.parallel.tensor})"
         yield Problem("optimizer.name", name, rule, "optimizer=adamw, or parallel.tensor=1")
+
+
+def norm_of_shares(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """0.19.8 clips by a norm of one tensor rank's shares, or with tied copies twice (fp16/unfused_optimizer.py).
+
+    It asks gradients for the marks that parameters have. bf16 under a pipeline has another optimizer around it.
+    """
+    parallel, precision = cfg.parallel, cfg.precision.name
+    divided = {
+        "fp16": max(parallel.tensor, parallel.pipeline) > 1,
+        "bf16": parallel.tensor > 1 and parallel.pipeline == 1,
+    }
+    if cfg.zero.stage == 0 and divided.get(precision, False):
+        axis = "tensor" if parallel.tensor > 1 else "pipeline"
+        rule = f"in {precision} the engine clips by the gradient norm of one rank of parallel.{axis} at ZeRO stage 0"
+        yield Problem("zero.stage", "0", rule, "zero=stage1, or precision=fp32")
 
 
 def expert(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -123,6 +139,17 @@ def untested(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
         yield Problem("zero.offload_optimizer", cfg.zero.offload_optimizer, rule, "zero=stage1")
 
 
-WRAPPED = ("sdpa", "flash_attention_2", "flash_attention_3")
+WRAPPED = ("sdpa",)
+"""Flash attention finds packed documents by the positions that it is given, which are a rank's part of the sequence."""
 
-RULES = (pipeline_stage, pipeline_split, schedule, sequence_length, sequence_attention, optimizer, expert, untested)
+RULES = (
+    pipeline_stage,
+    pipeline_split,
+    schedule,
+    sequence_length,
+    sequence_attention,
+    optimizer,
+    norm_of_shares,
+    expert,
+    untested,
+)

@@ -18,6 +18,7 @@ RUN_FILES = (
 )  # fmt: skip
 RUN_FOLDERS = ("model", "logs", "tensorboard", "checkpoints")
 """What a run writes into its directory."""
+COMPILE_OFF = "train.compile=false"
 RESUMED = ("adam", "adamw", "sgd", "lion", "adagrad")
 """Optimizers whose state has the shape of the parameters: any layout can take it over."""
 
@@ -66,10 +67,15 @@ def device(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
 
 
 def compiling(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """torch.compile writes C++ on CPUs."""
-    if cfg.train.compile and env.device == "cpu" and not env.compiler:
-        rule = "torch.compile needs a C++ compiler on a CPU (c++, or CXX)"
-        yield Problem("train.compile", "true", rule, "train.compile=false")
+    """torch.compile writes C++ on CPUs, and for GPUs Triton compiles what launches its kernels."""
+    if not cfg.train.compile:
+        return
+    if not env.compiler:
+        what = "on a CPU" if env.device == "cpu" else "for what launches kernels on a GPU"
+        yield Problem("train.compile", "true", f"torch.compile needs a C++ compiler {what} (c++, or CXX)", COMPILE_OFF)
+    elif env.device == "cuda" and not env.python_headers:
+        rule = "torch.compile needs the headers of this Python (Python.h) for what launches kernels on a GPU"
+        yield Problem("train.compile", "true", rule, COMPILE_OFF)
 
 
 def without_effect(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

@@ -96,6 +96,17 @@ def zero_plus(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
     if used and env.device != "cuda":
         value = shown(getattr(cfg.zero, used[0]))
         yield Problem(f"zero.{used[0]}", value, "ZeRO++ runs on CUDA only", f"zero=stage{cfg.zero.stage}")
+    quantised = [field for field in used if field.startswith("quantized")]
+    missing = env.missing_cuda_toolchain() if env.device == "cuda" and "quantizer" not in env.prebuilt else []
+    if quantised and missing:
+        rule = f"the engine compiles its kernels that quantise, and here is no {', no '.join(missing)}"
+        yield Problem(f"zero.{quantised[0]}", "true", rule, f"install it, or zero=stage{cfg.zero.stage}")
+    if cfg.zero.quantized_gradients and layout.world > env.device_count and layout.world % env.device_count:
+        rule = (
+            f"ZeRO++ exchanges gradients within machines of {env.device_count} GPUs, of which each must have all ranks"
+        )
+        nearest = f"{layout.world // env.device_count * env.device_count} ranks, or zero.quantized_gradients=false"
+        yield Problem("zero.quantized_gradients", "true", rule, nearest)
     size = cfg.zero.hpz_partition_size
     if size > 1 and layout.world % size:
         fitting = max(d for d in range(1, size) if layout.world % d == 0)

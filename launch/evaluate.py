@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     from launch.runtime import processes
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import held_out_batches
+    from launch.runtime.out_of_memory import DeviceMemoryError, Phase, explained, is_out_of_memory
     from launch.runtime.session import prepare
     from launch.runtime.staged import make_engine
     from recipes.base import Recipe
@@ -84,15 +85,27 @@ def main(argv: list[str]) -> int:
         if seen := _seen(path, cfg.data, recipe.report.get("rows")):
             raise RequestError(seen)
         terminal.capture(Path(logs.name) / f"rank_{ranks.rank}.log")
-        device = processes.join(ranks, request.device, cfg.train.threads)
+        device, phase = processes.join(ranks, request.device, cfg.train.threads), Phase()
+        alone = True
         try:
-            engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, request.device), device, 1)
+            phase.doing = "building the model"
+            engine = phase.engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, request.device), device, 1)
+            phase.doing = "the evaluation"
             evaluation = engine.evaluate(held_out_batches(layout.place(ranks.rank).data, recipe, cfg, layout))
             torch.distributed.barrier()
+            alone = False
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise explained(error, phase, request, recipe, device) from error
+            raise
         finally:
-            processes.leave()
+            processes.leave(broken=alone)
     except RequestError as error:
         raise RequestError(map(_of_model, error.problems)) from None
+    except DeviceMemoryError as error:
+        terminal.error.write(f"{error}\n")
+        terminal.error.flush()
+        os._exit(1)  # as in training: others may be in a collective call
     finally:
         terminal.release()
         logs.cleanup()

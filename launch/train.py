@@ -33,14 +33,20 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         from conf.errors import RequestError
         from launch.runtime.interruption import EXIT_CODE, InterruptedRunError
+        from launch.runtime.out_of_memory import DeviceMemoryError
 
         if isinstance(error, RequestError):
             raise
         if isinstance(error, InterruptedRunError):
             terminal.say(str(error))
             return EXIT_CODE if error.resumable else 1
-        traceback.print_exc()
-        if _caused_by_another_rank(error):
+        traceback.print_exc()  # to this rank's log
+        if isinstance(error, DeviceMemoryError):
+            if not request.ranks.first:  # rank 0 says the same, where it had no memory either; then this one is ended
+                time.sleep(OTHERS_FIRST_S)
+            terminal.error.write(f"{error}\n")
+            terminal.error.flush()
+        elif _caused_by_another_rank(error):
             time.sleep(OTHERS_FIRST_S)
         else:
             terminal.error.write(
@@ -56,10 +62,10 @@ def main(argv: list[str]) -> int:
 
 def _caused_by_another_rank(error: Exception) -> bool:
     """Whether this rank only noticed that another one is gone: that one's message and exit code are the ones to see."""
-    # Torch 2.13: the first two and the last are gloo's, the others those of the store that ranks meet in.
+    # Torch 2.13: gloo's, then those of the store that ranks meet in, then nccl's (ncclRemoteError, and an abort).
     signs = (
-        "connection closed by peer", "connection reset by peer", "connection was likely closed", "socket closed",
-        "writev",
+        "connection closed by peer", "connection reset by peer", "writev", "connection was likely closed",
+        "socket closed", "remote process exit", "communicator was aborted",
     )  # fmt: skip
     return any(sign in str(error).lower() for sign in signs)
 

@@ -20,6 +20,8 @@ Prediction = dict[str, Any]
 not written down)."""
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while rows are read and tokenised."""
+PICKED = "picked"
+"""Beside the arrays of a micro-batch on the device: (n,) places in the flattened `labels` that are supervised."""
 
 
 class Rows(Protocol):
@@ -39,6 +41,9 @@ class Recipe(ABC):
 
     METRICS: ClassVar[Mapping[str, str]] = {"loss": "min"}
     """Metrics that can decide which model is best, each with min or max."""
+    PICKS: ClassVar[bool] = False
+    """Whether the loss looks at supervised places alone: it is then given their numbers (PICKED), which the host knows.
+    """
     finished = False
     """The weights are those of a model that is only evaluated: nothing in it may be new."""
     train: Rows

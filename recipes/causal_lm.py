@@ -12,7 +12,7 @@ import numpy as np
 
 from conf.batch import sizes
 from conf.errors import Problem, RequestError
-from recipes.base import Prediction, Progress, Recipe
+from recipes.base import PICKED, Prediction, Progress, Recipe
 from recipes.data.packing import collate, empty_row
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class CausalLM(Recipe):
     """Predict the next token; the loss is over the supervised tokens only."""
 
     METRICS: ClassVar[Mapping[str, str]] = {"loss": "min", "perplexity": "min", "bits_per_byte": "min"}
+    PICKS = True
 
     def check(self) -> list[Problem]:
         from recipes.data.sources import check
@@ -136,7 +137,7 @@ class CausalLM(Recipe):
         return {**{name: batch[name] for name in names if name in batch}, "use_cache": False}
 
     def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self._loss(model, self.inputs(batch), batch["labels"])
+        return self._loss(model, self.inputs(batch), batch["labels"], batch.get(PICKED))
 
     def metrics(self, loss: float, supervised: int, predictions: Sequence[Prediction] = ()) -> dict[str, float]:
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

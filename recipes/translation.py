@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import Problem
-from recipes.base import Prediction, Progress
+from recipes.base import PICKED, Prediction, Progress
 from recipes.data.examples import Example, Examples
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
@@ -56,6 +56,7 @@ class Translation(TextTask):
     ARRAYS = {"input_ids": "int32", "labels": "int32", "reference": "uint8"}  # noqa: RUF012
     LENGTHS = ("input_ids", "labels")
     METRICS = {"loss": "min", "bleu": "max", "chrf": "max"}  # noqa: RUF012
+    PICKS = True
 
     @functools.cached_property
     def form(self) -> Form:
@@ -216,7 +217,7 @@ class Translation(TextTask):
         return {**{name: batch[name] for name in names if name in batch}, "use_cache": False}
 
     def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self._loss(model, self.inputs(batch), batch["labels"])
+        return self._loss(model, self.inputs(batch), batch["labels"], batch.get(PICKED))
 
     def summed_loss(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError("the head is part of the loss")

@@ -23,8 +23,9 @@ STATES = {
 }  # fmt: skip
 """fp32 numbers per parameter that each optimizer keeps, momentum of sgd and rmsprop aside (see `optimizer_numbers`)."""
 
-LOSS_CHUNK = 2**21
-"""Logits at hand at once with `train.fused_loss`, elements (recipes/models/loss.py CHUNK_ELEMENTS)."""
+LOSS_CHUNK, LOSS_POSITIONS = 2**21, 512
+"""Logits at hand at once with `train.fused_loss`: elements, but those of so many positions at least
+(recipes/models/loss.py CHUNK_ELEMENTS, CHUNK_POSITIONS)."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _logits(shape: ModelShape, cfg: Config, seq_length: int) -> int:
     positions, weight = (cfg.batch.micro_size or 1) * seq_length, BYTES[cfg.precision.name]
     if cfg.train.fused_loss:
         # A chunk of logits, its fp32 copy and its gradient; d hidden; d head in fp32 (recipes/models/loss.py).
-        chunk = min(LOSS_CHUNK, positions * shape.vocab)
+        chunk = min(max(LOSS_CHUNK, LOSS_POSITIONS * shape.vocab), positions * shape.vocab)
         head_gradient = shape.vocab * shape.hidden * FP32
         return chunk * (weight + 2 * FP32) + positions * shape.hidden * weight + head_gradient
     # The logits, their log-probabilities in fp32, and the fp32 gradient of those.

@@ -58,6 +58,9 @@ def ds_config(cfg: Config, layout: Layout, device: str) -> dict[str, Any]:
         # A tag that differs between ranks is a checkpoint that cannot be read: stop instead of warning.
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
         "steps_per_print": QUIET,
+        # 0.19.8 measures samples per second, which nobody reads here, and waits for the GPU before each micro-batch and
+        # behind it to do so: no work would be launched ahead of the device.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,

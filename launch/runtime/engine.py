@@ -27,7 +27,8 @@ from launch.runtime.build import build
 from launch.runtime.fragments import optimizer_of
 from launch.runtime.schedule import lr_factor
 from launch.runtime.topology import topology
-from recipes.base import Prediction, Recipe
+from recipes.base import PICKED, Prediction, Recipe
+from recipes.models.loss import IGNORE
 from recipes.models.sequence_parallel import SequenceParallel
 from recipes.models.tensor_parallel import join
 
@@ -112,6 +113,7 @@ class Engine:
         self._norm_is_of_update = cfg.optimizer.name.lower() == "muon" and cfg.zero.stage > 0
         self._dynamic_scale = cfg.precision.name == "fp16" and cfg.precision.loss_scale == 0
         self.topology = topology(layout, dist.get_rank())
+        kernels.build_for(cfg, device.type)
         self._built = build(recipe, cfg, ds_config, device, self.topology)
         self._sequence: SequenceParallel | None = None
         module = self._wrap()
@@ -122,7 +124,6 @@ class Engine:
 
         # deepspeed 0.19.8 keeps the last engine's: a second run in this process (a notebook) would take it for its own.
         groups.mpu = None
-        kernels.build_for(cfg)
         self.ds, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(module, cfg.optimizer.weight_decay),
@@ -133,7 +134,11 @@ class Engine:
         )
         self.before_change: Callable[[], None] = lambda: None
         """Called before each update; who reads the state from another thread has it wait."""
+        self.doing = ""
+        """Which part of a step or an evaluation this rank is in, for whoever has to say where it ended."""
         self._bad: BadStepError | None = None
+        self._norm: float | None = None
+        self._loss_scale = 1.0
         self._guard_updates()
         self.ds.eval()
         self._adopt()
@@ -171,11 +176,30 @@ class Engine:
         return self._built[0].model
 
     def _tensors(self, batch: NumpyBatch) -> dict[str, torch.Tensor]:
-        """A micro-batch on the device; of a sequence that several ranks share, this rank's part."""
+        """A micro-batch on the device; of a sequence that several ranks share, this rank's part.
+
+        With it, where a loss picks the supervised places, which ones: asking the device for them would mean to wait for
+        all that it has still to do, in the middle of each forward pass.
+        """
         if short := -self.recipe.width(batch) % self.layout.sequence:
             batch = self.recipe.widen(dict(batch), self.recipe.width(batch) + short)
-        tensors = {key: torch.from_numpy(value).to(self.device, non_blocking=True) for key, value in batch.items()}
-        return self._sequence.split(tensors) if self._sequence is not None else tensors
+        tensors = {key: self._on_device(value) for key, value in batch.items()}
+        if self._sequence is not None:
+            tensors = self._sequence.split(tensors)
+        if self.recipe.PICKS:
+            labels = batch["labels"]
+            if self.topology.sequence is not None:
+                labels = labels[:, self.topology.sequence.part(labels.shape[1])]
+            tensors[PICKED] = self._on_device(np.flatnonzero(labels != IGNORE))
+        return tensors
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        """From pinned pages: a copy out of others waits until the GPU has done all that was launched before it.
+
+        torch's allocator of pinned pages gives none away again before the copy out of it is over.
+        """
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _sum(self, *values: float | torch.Tensor) -> list[float]:
         """Sum of each value over all ranks, in fp64 (losses of millions of tokens, exact counts)."""
@@ -188,9 +212,10 @@ class Engine:
 
     def _max(self, value: float) -> float:
         """The largest of all ranks' values, in fp64."""
+        if self.layout.world == 1:
+            return value
         most = torch.tensor(value, dtype=torch.float64, device=self.device)
-        if self.layout.world > 1:
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.item()
 
     def _sum_losses(self, loss: torch.Tensor) -> float:
@@ -220,7 +245,8 @@ class Engine:
         lr = self.ds.get_lr()[0]
         norm: float | None = None
         total = 0.0
-        self._bad, self._verdict = None, verdict
+        self._bad, self._norm, self._verdict = None, None, verdict
+        self._loss_scale = self._unapplied_scale()  # the step may change it, after it has measured the norm
 
         def before_update(loss: torch.Tensor) -> None:
             nonlocal norm, total
@@ -239,8 +265,9 @@ class Engine:
 
         position = self.ds.lr_scheduler.last_epoch
         self._run(micro_batches, self.layout.replicas / supervised, before_update)
-        if norm is None:
-            norm = float(self.ds.get_global_grad_norm())
+        self.doing = ""
+        if norm is None:  # else it was asked for before the update, which the device may still be at
+            norm = self._norm if self._norm is not None else float(self.ds.get_global_grad_norm()) / self._loss_scale
         applied = not getattr(self.ds.optimizer, "overflow", False)
         if not applied and not self._dynamic_scale:
             self._bad = self._bad or NonFiniteError(f"gradient norm is {norm}")
@@ -279,11 +306,21 @@ class Engine:
 
         def step(*args: Any, **kwargs: Any) -> Any:
             norm = getattr(self.ds.optimizer, "_global_grad_norm", None)
-            if norm is not None and not self._is_plain and not self._norm_is_of_update:
-                self._judge_norm(float(norm))
+            if norm is not None and self._norm is None and not self._is_plain and not self._norm_is_of_update:
+                self._norm = float(norm) / self._loss_scale  # once: this is called for each group of parameters
+                self._judge_norm(self._norm)
             return update(*args, **kwargs) if self._bad is None else None
 
         inner.step = step  # type: ignore[method-assign]
+
+    def _unapplied_scale(self) -> float:
+        """The loss scale where the engine divides gradients by it and forgets to multiply the loss; else 1.
+
+        deepspeed 0.19.8, fp16 at stage 0 (FP16_UnfusedOptimizer): `engine.backward` scales the loss for ZeRO alone, so
+        that updates would be those of gradients 65536 times too small. And the norm is that of the scaled gradient.
+        """
+        config = getattr(self.ds.optimizer, "loss_scale_config", None)
+        return float(config.cur_scale) if config is not None and config.use_grad_scaling else 1.0
 
     def _bubble(self) -> float | None:
         return None
@@ -292,14 +329,18 @@ class Engine:
         self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
     ) -> None:
         """All micro-batches and the update; `before_update` gets this rank's summed loss in between."""
+        scale *= self._loss_scale
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
+            self.doing = "the forward pass"
             partial = self.recipe.loss(self.ds, self._tensors(batch))
             loss += partial.detach()
+            self.doing = "the backward pass"
             self.ds.backward(partial * scale, scale_wrt_gas=False)
             if index < len(micro_batches) - 1:
                 self.ds.step()  # counts the micro-batch; the update waits for the last one
         before_update(loss)
+        self.doing = "the update"
         self.ds.step()
 
     @property
@@ -324,6 +365,7 @@ class Engine:
     def evaluate(self, micro_batches: Iterator[NumpyBatch]) -> Evaluation:
         """Metrics over all ranks' micro-batches, and on rank 0 the predictions. All ranks have equally many."""
         self.ds.eval()
+        self.doing = "a forward pass without gradients"
         loss, supervised = torch.zeros((), dtype=torch.float64, device=self.device), 0
         mine: list[Prediction] = []
         for batches in self._evaluated(micro_batches):
@@ -334,6 +376,7 @@ class Engine:
                 for batch, found in zip(batches, outputs, strict=True):
                     mine += self.recipe.predictions(batch, found)
         self.ds.train()
+        self.doing = ""
         total, rows = self._sum_losses(loss), self._sum_counts(supervised)[0]
         predictions = sorted(self._gathered(mine), key=lambda prediction: prediction["id"])
         if dist.get_rank() == 0:
@@ -374,9 +417,10 @@ class Engine:
 
         A collective call, valid inside `inspect`.
         """
+        scale = float(getattr(self.ds.optimizer, "loss_scale", 1.0))
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                gradient = safe_get_full_grad(parameter).float()
+                gradient = safe_get_full_grad(parameter).float() / scale
                 yield name, self._whole(parameter, gradient.reshape(getattr(parameter, "ds_shape", parameter.shape)))
 
     def tensors(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The engine's own kernels for CPUs: compiled when they are first needed, by one process at a time."""
+"""The engine's own kernels: compiled when they are first needed, by one process at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ OFFLOADED = {
     "adagrad": "CPUAdagradBuilder",
 }  # fmt: skip
 """Optimizer → what builds the kernel of its offloaded step."""
+ON_GPUS = {"lion": "FusedLionBuilder", "lamb": "FusedLambBuilder"}
+"""Optimizer → what builds the kernel of its step on a GPU; the others are torch's."""
 
 
 def build(name: str) -> None:
@@ -35,8 +37,11 @@ def build(name: str) -> None:
         builder.load(verbose=False)
 
 
-def build_for(cfg: Config) -> None:
-    """The kernel of an optimizer whose step is offloaded."""
-    name = OFFLOADED.get(cfg.optimizer.name.lower())
-    if cfg.zero.offload_optimizer != "none" and name is not None:
+def build_for(cfg: Config, device: str) -> None:
+    """The kernels that a run needs: of a step that is offloaded, or that torch does not have, and of ZeRO++."""
+    offloads = cfg.zero.offload_optimizer != "none"
+    wanted = [(OFFLOADED if offloads else ON_GPUS if device == "cuda" else {}).get(cfg.optimizer.name.lower())]
+    if device == "cuda" and (cfg.zero.quantized_weights or cfg.zero.quantized_gradients):
+        wanted.append("QuantizerBuilder")
+    for name in filter(None, wanted):
         build(name)

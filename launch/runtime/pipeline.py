@@ -125,33 +125,47 @@ def _taken_from(own: Iterator[nn.Module]) -> type[nn.Module]:
 
 
 class Clock:
-    """Seconds this stage spends in forward and backward passes, out of the whole step: the rest is the bubble."""
+    """Seconds this stage spends in forward and backward passes, out of the whole step: the rest is the bubble.
+
+    On a GPU by its own events: to wait for each pass, so as to look at the host's clock, would keep the host from
+    launching the next one, and make the bubble that is measured.
+    """
 
     BUSY = (schedule.ForwardPass, schedule.BackwardPass)
     AFTER = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._on_gpu = device.type == "cuda"
         self.reset()
+
+    def _now(self) -> Any:
+        """A moment: seconds of the host, or an event behind what was launched so far."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, first: Any, second: Any) -> float:
+        """Seconds from one moment to another, which have passed."""
+        return first.elapsed_time(second) / 1000 if self._on_gpu else second - first
 
     def reset(self) -> None:
         """Start a step."""
-        self._started = time.perf_counter()
-        self._busy = 0.0
-        self._ended: float | None = None
+        self._started = self._now()
+        self._passes: list[tuple[Any, Any]] = []
+        self._ended: Any = None
 
     def timed(self, kind: type, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, the engine's method for an instruction, with its time noted."""
 
         def method(engine: Any, **kwargs: Any) -> Any:
             if kind in self.AFTER and self._ended is None:
-                self._ended = time.perf_counter()
-            started = time.perf_counter()
+                self._ended = self._now()
+            started = self._now() if kind in self.BUSY else None
             result = run(engine, **kwargs)
-            if kind in self.BUSY:
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize()
-                self._busy += time.perf_counter() - started
+            if started is not None:
+                self._passes.append((started, self._now()))
             return result
 
         return method
@@ -159,7 +173,9 @@ class Clock:
     def busy_and_span(self) -> tuple[float, float]:
         """(busy seconds, seconds from the first instruction to this stage's first reduction of gradients)."""
         assert self._ended is not None, "no step was taken"
-        return self._busy, self._ended - self._started
+        if self._on_gpu:
+            self._ended.synchronize()
+        return sum(self._between(*each) for each in self._passes), self._between(self._started, self._ended)
 
 
 def watch(engine: Any, clock: Clock, before_step: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 import sys
@@ -97,6 +98,8 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     torch.set_num_threads(threads_per_rank(threads, ranks.local_world))
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
+        # precision=fp32 is fp32: torch 2.13 lets convolutions round what they multiply to TF32's 10 bits unasked.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         patches.no_shared_memory_kernel()
@@ -104,10 +107,44 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
 
 
-def leave() -> None:
-    """Close the process group, if there is one, so that this process (a notebook, say) may join another."""
+def wait_for_others(stall_s: float) -> None:
+    """Collective calls of all groups that there are wait longer than the watchdog does (`faults.stall_s`, 0: for ever).
+
+    deepspeed 0.19.8 gives its group ten minutes, torch 2.13 any other nccl group as long: a rank that waits for what
+    rank 0 does alone (metrics, the export) would be ended by them, without the watchdog's word of who is behind.
+    """
+    import torch
+    from torch.distributed import distributed_c10d as c10d
+
+    longest = datetime.timedelta(seconds=2 * stall_s + 600) if stall_s else datetime.timedelta(days=365)
+    if torch.distributed.is_initialized():
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(longest, group)
+
+
+_left_open = False
+
+
+def leave(broken: bool = False) -> None:
+    """Close the process group, if there is one, so that this process (a notebook, say) may join another.
+
+    broken: this rank gives up, and others may be in a collective call. nccl closes a communicator on all ranks of a
+    machine together (ncclCommDestroy): a rank that did it alone would hang there instead of saying why. Its group stays
+    open, and the process must end by `os._exit` (`must_exit`).
+    """
+    import torch
     from deepspeed import comm
 
+    global _left_open
+    if not comm.is_initialized():
+        return
+    if broken and torch.distributed.get_world_size() > 1 and torch.distributed.get_backend() == "nccl":
+        _left_open = True
+        return
     # Not torch's own call: deepspeed 0.19.8 would keep groups that no longer exist.
-    if comm.is_initialized():
-        comm.destroy_process_group()
+    comm.destroy_process_group()
+
+
+def must_exit() -> bool:
+    """Whether the interpreter's own end would wait for the other ranks of a group that was left open."""
+    return _left_open

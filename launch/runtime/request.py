@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from conf.compose import compose, hydra_passthrough, recipe_listing
 from conf.environment import Environment, detect
 from conf.errors import Problem, RequestError
 from conf.schema import Config
-from launch.runtime.processes import Ranks, ranks_from_environment
+from launch.runtime.processes import Ranks, must_exit, ranks_from_environment
 from recipes import recipe_class
 
 SPEAK_AFTER_S = 5.0
@@ -104,8 +105,15 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         if ranks.first:
             print("interrupted", file=sys.stderr)
         code = 1
+    except Exception:
+        if not must_exit():
+            raise
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if must_exit():
+        os._exit(code)
     # The interpreter's last collection looks through all that torch and transformers have loaded, for two seconds.
     gc.freeze()
     raise SystemExit(code)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from launch.runtime.engine import Engine, Evaluation
     from launch.runtime.interruption import Wishes
     from launch.runtime.loop import Progress
+    from launch.runtime.out_of_memory import Phase
     from launch.runtime.saving import Saving
 
 NOT_SHOWN = ("step", "split", "loss", "eval_s")
@@ -81,7 +82,8 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     Raises InterruptedRunError where a signal asked it to stop.
     """
     from launch.runtime.caretaker import too_late
-    from launch.runtime.interruption import Wishes
+    from launch.runtime.interruption import InterruptedRunError, Wishes
+    from launch.runtime.out_of_memory import Phase, explained, is_out_of_memory
 
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     processes.set_environment(ranks, request.device)
@@ -107,12 +109,23 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
         terminal.say("starting the engine" + (" (a machine's first such run compiles a kernel)" if compiles else ""))
         terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
         device = processes.join(ranks, request.device, cfg.train.threads)
-        launcher = parents.Launcher() if parents.LAUNCHED else None
+        processes.wait_for_others(cfg.faults.stall_s)
+        launcher, phase = parents.Launcher() if parents.LAUNCHED else None, Phase()
+        alone = True
         try:
             with Watchdog(run_dir.logs, ranks.rank, layout.world, cfg.faults.stall_s, complain, launcher) as watchdog:
-                return _train(request, recipe, steps, run_dir, device, terminal, wishes, watchdog)
+                summary = _train(request, recipe, steps, run_dir, device, terminal, wishes, watchdog, phase)
+            alone = False
+            return summary
+        except InterruptedRunError:
+            alone = False
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise explained(error, phase, request, recipe, device) from error
+            raise
         finally:
-            processes.leave()
+            processes.leave(broken=alone)
             run_dir.leave()
 
 
@@ -125,6 +138,7 @@ def _train(
     terminal: Terminal,
     wishes: Wishes,
     watchdog: Watchdog,
+    phase: Phase,
 ) -> dict[str, Any]:
     from launch.runtime import fingerprint, loop
     from launch.runtime.caretaker import Caretaker, StopAsked
@@ -142,7 +156,9 @@ def _train(
     if first:
         saving.sweep()
     found = _resumed(request, run_dir, data, terminal)
-    engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
+    phase.doing = "building the model and the engine"
+    engine = phase.engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
+    processes.wait_for_others(cfg.faults.stall_s)
     fingerprint.compare({"parameters": fingerprint.parameters(engine)}, "model")
     progress = loop.Progress()
     if found is not None:
@@ -159,9 +175,14 @@ def _train(
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
     metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, progress.step, terminal.say) if first else None
     bar = Bar(terminal, "training", steps)
+
+    def beat(doing: str) -> None:
+        phase.doing = doing
+        watchdog.beat(doing)
+
     caretaker = Caretaker(
         engine, saving, wishes, cfg.checkpoint, steps, unsaveable(cfg) is None,
-        recipe.METRICS.get(cfg.eval.metric or ""), watchdog.beat,
+        recipe.METRICS.get(cfg.eval.metric or ""), beat,
     )  # fmt: skip
     predictions: list[Prediction] = []
 

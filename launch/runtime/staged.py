@@ -37,11 +37,13 @@ class StagedEngine(Engine):
         if self._clock is None:
             self._clock = Clock(self.device)
             watch(self.ds, self._clock, lambda: self._before_update())
+        scale *= self._loss_scale
         micro_batches = self._of_one_width(micro_batches)
         # The engine divides by the accumulation; the last stage's loss is scaled up by it.
         self._stages.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
         self._before_update = lambda: before_update(self._partial(scale * self.accumulation))
         self._clock.reset()
+        self.doing = "a pass through the stages"
         self._expect(micro_batches[0])
         self.ds.train_batch(nothing())
 

@@ -29,7 +29,7 @@ COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py"
 
 @dataclass(frozen=True)
 class Note:
-    """Where a rank is. waits_in: the collective call that its main thread is in, if it is in one."""
+    """Where a rank is. waits_in: what its main thread waits in, a collective call or its GPU, if it waits."""
 
     rank: int
     doing: str
@@ -107,7 +107,24 @@ class Watchdog:
         last = own[-1] if own else (stack[-1] if stack else None)
         place = f"{_short(last.filename, root)}:{last.lineno} in {last.name}" if last else "nowhere in Python"
         text = "".join(traceback.format_list(stack[-12:]))
-        return Note(self._rank, self._doing, self._beats, place, names[0] if names else None, text)
+        waits_in = names[0] if names else ("its GPU" if device_is_busy() else None)
+        return Note(self._rank, self._doing, self._beats, place, waits_in, text)
+
+
+def device_is_busy() -> bool:
+    """Whether this rank's GPU has something left to do.
+
+    A collective call of nccl returns at once. Who waits for the others then waits for the device, in whatever reads the
+    next value from there; who has stopped coming has a device that is through.
+    """
+    torch = sys.modules.get("torch")
+    try:
+        if torch is None or not torch.cuda.is_initialized():
+            return False
+        # The device is one of the thread, and this is not the main one.
+        return not torch.cuda.default_stream(int(os.environ.get("LOCAL_RANK", "0"))).query()
+    except RuntimeError:  # a device that has failed
+        return False
 
 
 def _short(file: str, root: Path) -> str:

@@ -143,7 +143,7 @@ def from_scratch(
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise RuntimeError(f"{type(model).__name__}: parameters without memory after building: {left[:5]}")
-    return model.to(device) if device.type != "cpu" and place is None else model  # type: ignore[arg-type]
+    return _on_device(model, device)
 
 
 def _initialise(
@@ -274,6 +274,18 @@ def from_pretrained(
     if new_head_seed is not None:
         above = {name: block for name, block in above.items() if name in new}
         _initialise_head(model, new, new_head_seed, device, above, place)
+    return _on_device(model, device)
+
+
+def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Move the buffers to where the parameters were made.
+
+    They are computed on the host (`on_meta`), and deepspeed 0.19.8 moves nothing of a model whose parameters ZeRO-3
+    has sharded: the positions of BERT or the running means of a convolutional network would stay behind.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     return model
 
 

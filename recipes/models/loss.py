@@ -218,21 +218,33 @@ class TokenLoss:
         device = next(model.parameters()).device
         self._head_is_last = self._fused and head_is_last(model, model.config.get_text_config().vocab_size, device)
 
-    def __call__(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
-        """The loss of `model(**inputs)`; labels (B, W) say what follows each position, or IGNORE."""
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        labels: torch.Tensor,
+        picked: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of `model(**inputs)`; labels (B, W) say what follows each position, or IGNORE.
+
+        picked: (n,) the flat places of those that are not IGNORE. None: they are looked for, for which the host waits
+        until a GPU has done all that it was given.
+        """
         if not self._fused:
             logits = model(**inputs).logits.float().flatten(0, 1)
             return torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        supervised = labels != IGNORE
-        targets, head = labels[supervised], self._head
+        labels, head = labels.flatten(), self._head
+        places = (labels != IGNORE).nonzero()[:, 0] if picked is None else picked
+        targets = labels.index_select(0, places)
         if self._head_is_last:
             vocabulary = getattr(head, "vocabulary_shard", None)
 
             def loss_in_head(hidden: torch.Tensor) -> torch.Tensor:
-                return linear_cross_entropy(hidden[supervised], head.weight, head.bias, targets, vocabulary)
+                chosen = hidden.flatten(0, -2).index_select(0, places)
+                return linear_cross_entropy(chosen, head.weight, head.bias, targets, vocabulary)
 
             with replaced_forward(head, loss_in_head):
                 return model(**inputs).logits
         logits_of = head.forward
-        with replaced_forward(head, lambda hidden: logits_of(hidden[supervised][None])):
+        with replaced_forward(head, lambda hidden: logits_of(hidden.flatten(0, -2).index_select(0, places)[None])):
             return cross_entropy(model(**inputs).logits[0], targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from conf.compose import _compose, compose
@@ -16,6 +17,7 @@ BARE = Environment(device="cpu", compiler=False, ninja=False)
 NO_WANDB = Environment(device="cpu", trackers=frozenset({"tensorboard"}))
 CPU_AIO = Environment(device="cpu", libaio=True)
 GPU = Environment(device="cuda", device_count=8, fp16_supported=True, bf16_supported=True, libaio=True)
+GPU_BARE = replace(GPU, cuda_compiler=False, python_headers=False)
 
 
 def quick(*overrides: str) -> list[str]:

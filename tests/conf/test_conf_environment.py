@@ -36,6 +36,10 @@ def test_a_missing_compiler_is_seen(monkeypatch):
         ("", "9.0\n", []),
         ("-1", "9.0\n", []),
         (None, "[N/A]\n", [None]),
+        ("1", "8.0\n9.0\n", [9.0]),  # of all that there are
+        ("1,0", "8.0\n9.0\n", [9.0, 8.0]),
+        ("0,5,1", "9.0\n9.0\n", [9.0]),  # CUDA looks no further than a number that is none
+        ("GPU-3f2a", "8.0\n9.0\n", [None]),
     ],
 )
 def test_gpus_that_are_visible(monkeypatch, visible, answer, expected):
@@ -67,3 +71,18 @@ def test_cpu_on_a_machine_with_gpus():
     assert gpu.on("cpu").fp16_supported is False
     assert gpu.on("auto") is gpu
     assert gpu.on("cuda") is gpu
+
+
+def test_nvcc_is_looked_for_where_torch_looks(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert detect().cuda_compiler is False
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert detect().cuda_compiler is True
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    assert detect().cuda_compiler is True
+    assert not Environment().missing_cuda_toolchain()
+    assert "nvcc" in Environment(cuda_compiler=False).missing_cuda_toolchain()[0]

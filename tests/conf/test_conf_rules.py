@@ -8,7 +8,19 @@ import os
 from operator import attrgetter
 
 import pytest
-from conf_cases import BARE, CPU, CPU_AIO, CPU_FP16, GPU, NO_WANDB, problems_of, quick, unchecked, write
+from conf_cases import (
+    BARE,
+    CPU,
+    CPU_AIO,
+    CPU_FP16,
+    GPU,
+    GPU_BARE,
+    NO_WANDB,
+    problems_of,
+    quick,
+    unchecked,
+    write,
+)
 
 from conf.batch import Layout
 from conf.rules import RULES, check
@@ -48,6 +60,7 @@ CASES = [
      ["scheduler=linear", "scheduler.min_ratio=0.1"], CPU),
     (["device=cuda"], "device", ["device=cpu"], CPU),
     (["train.compile=true"], "train.compile", ["train.compile=false"], BARE),
+    (["train.compile=true"], "train.compile", ["train.compile=false"], GPU_BARE),
     (["eval.prompt=null", "eval.new_tokens=9"], "eval.new_tokens", ["eval.new_tokens=9"], CPU),
     (["checkpoint.keep=3"], "checkpoint.keep", ["checkpoint.keep=3", "checkpoint.every=5"], CPU),
     (["checkpoint.every=9", "optimizer=lamb", "zero=stage0"], "checkpoint.every", ["checkpoint.every=9"], GPU),
@@ -84,6 +97,7 @@ CASES = [
     (["optimizer=lion"], "optimizer.name", ["optimizer=lion", "zero=stage2_offload"], CPU),
     (["optimizer=lamb", "zero=stage0"], "optimizer.name", ["optimizer=adam", "zero=stage0"], CPU),
     (["optimizer=lamb"], "optimizer.name", ["optimizer=lamb", "zero=stage0"], GPU),
+    (["optimizer=lion"], "optimizer.name", ["optimizer=adamw"], GPU_BARE),
     (["optimizer=lamb", "zero=stage0", "precision=fp16", "precision.accumulation_dtype=fp16", "precision.loss_scale=8"],
      "precision.loss_scale",
      ["optimizer=lamb", "zero=stage0", "precision=fp16", "precision.accumulation_dtype=fp16"], GPU),
@@ -99,7 +113,14 @@ CASES = [
     (["precision.accumulation_dtype=bf16"], "precision.accumulation_dtype",
      ["precision=bf16", "precision.accumulation_dtype=bf16"], CPU),
     (["precision=bf16", "precision.accumulation_dtype=fp16"], "precision.accumulation_dtype", ["precision=bf16"], CPU),
+    # rules_parallel, of norms
+    (["precision=bf16", "zero=stage0", "precision.accumulation_dtype=bf16", "parallel=tensor"], "zero.stage",
+     ["precision=bf16", "zero=stage1", "parallel=tensor"], CPU),
+    (["precision=fp16", "zero=stage0", "precision.accumulation_dtype=fp16", PP], "zero.stage",
+     ["precision=bf16", "zero=stage0", "precision.accumulation_dtype=bf16", PP], CPU_FP16),
     # rules_zero
+    (["zero=stage3_plus"], "zero.quantized_weights",
+     ["zero=stage3", "zero.hpz_partition_size=2"], GPU_BARE),
     (["zero=stage0", "zero.overlap_comm=true"], "zero.overlap_comm", ["zero.overlap_comm=true"], CPU),
     (["zero=stage3", "zero.allgather_bucket_size=9"], "zero.allgather_bucket_size",
      ["zero=stage2", "zero.allgather_bucket_size=9"], CPU),
@@ -188,6 +209,7 @@ CASES = [
     (["model.config._target_=os.system"], "model.config._target_", ["model.config.hidden_act=gelu"], CPU),
     (["model.attention=sdap"], "model.attention", ["model.attention=sdpa"], CPU),
     (["model.attention=flash_attention_2"], "model.attention", ["model.attention=eager"], CPU),
+    (["model.attention=flash_attention_3"], "model.attention", ["model.attention=sdpa"], GPU),
     (["model.attention=flash_attention_2"], "model.attention", ["model.attention=flex_attention"], GPU),
     (["model=pretrained", "model.path=./hole"], "model.path", [*PRETRAINED], CPU),
     (["model=pretrained", "model.path=./empty"], "model.path", ["model=pretrained", "model.path=owner/name"], CPU),

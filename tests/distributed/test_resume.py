@@ -66,7 +66,10 @@ HAS_LION = any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/cpu_lion.so"))
 OFFLOADED = (
     ADAM,
     pytest.param(
-        LION, marks=pytest.mark.skipif(not (HAS_LION or THOROUGH), reason="its kernel was never built here, which takes a minute")
+        LION,
+        marks=pytest.mark.skipif(
+            not (HAS_LION or THOROUGH), reason="its kernel was never built here, which takes a minute"
+        ),
     ),
 )
 """The optimizers with a kernel for CPUs."""

@@ -37,8 +37,8 @@ CALM_S = 30.0
 INTERPRETER_S = 1.0
 """What an interpreter takes to end, which forked ranks do not: others may notice that a rank is gone before its
 launcher knows the exit code."""
-HANG, VANISH = -1, -2
-"""In the place of a signal: the process does not go on; the run directory is deleted."""
+HANG, VANISH, NO_MEMORY = -1, -2, -3
+"""In the place of a signal: the process does not go on; the run directory is deleted; the device has no memory left."""
 Act = Callable[[], None]
 
 
@@ -69,6 +69,10 @@ def _act(fault: Fault, folder: Path) -> None:
         time.sleep(1000)
     elif fault.signal == VANISH:
         shutil.rmtree(folder / "run")
+    elif fault.signal == NO_MEMORY:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.11 GiB in all.")
     else:
         os.kill(os.getpid(), fault.signal)
 
@@ -90,6 +94,8 @@ def _before(owner: Any, name: str, act: Act, at: int) -> None:
 
 def _places() -> dict[str, tuple[Any, str]]:
     """Name of a phase → (owner, function) that it begins with."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
     import launch.runtime.tensor_file as tensor_file
     from launch.runtime import saving, session
     from launch.runtime.engine import Engine
@@ -100,6 +106,8 @@ def _places() -> dict[str, tuple[Any, str]]:
         "resume": (session, "_resumed"),
         "restore": (session, "restored"),
         "step": (Engine, "train_step"),
+        "forward": (CausalLM, "loss"),
+        "backward": (DeepSpeedEngine, "backward"),
         "evaluation": (Engine, "_eval_outputs"),
         "save": (saving.Saving, "begin"),
         "write": (tensor_file, "write_tensors"),
@@ -119,7 +127,7 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a job. who: a rank, `launcher` or `all`. signal: or HANG, VANISH.
+    """What happens to a job. who: a rank, `launcher` or `all`. signal: or HANG, VANISH, NO_MEMORY.
 
     phase: the fault comes at the `at`th beginning of that phase on the rank; None: `after_s` seconds after the start.
     """
@@ -131,7 +139,9 @@ class Fault:
     after_s: float = 0.0
 
     def __str__(self) -> str:
-        name = {HANG: "hang", VANISH: "vanish"}.get(self.signal) or signal.Signals(self.signal).name
+        name = {HANG: "hang", VANISH: "vanish", NO_MEMORY: "no memory"}.get(self.signal) or signal.Signals(
+            self.signal
+        ).name
         return f"{name} {self.who} " + (f"{self.phase} {self.at}" if self.phase else f"after {self.after_s:.2f} s")
 
 

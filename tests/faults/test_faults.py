@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from jobs import HANG, VANISH, Fault, run_job
+from jobs import HANG, NO_MEMORY, VANISH, Fault, run_job
 from trials import Trials, check_through, rows, saved
 
 pytestmark = pytest.mark.slow
@@ -108,3 +108,30 @@ def test_a_run_directory_that_vanishes(trials: Trials) -> None:
     folder = trials.unbroken.parent / "vanish"
     assert run_job(folder, Fault(0, VANISH, "step", 5)).code == 0, said(folder)
     assert "cannot be written for now" in said(folder) and saved(folder) == 12
+
+
+MICRO = "batch.micro_size=1 batch.accumulation=4, the same global batch of 8"
+
+
+@pytest.mark.parametrize(
+    ("phase", "at", "where", "first"),
+    [
+        ("forward", 1, "the evaluation after step 0 (a forward pass without gradients)", "eval.micro_size=1"),
+        ("backward", 5, "step 3 (the backward pass)", MICRO),  # two micro-batches a step
+    ],
+)
+def test_a_device_without_memory(phase: str, at: int, where: str, first: str, trials: Trials) -> None:
+    """On one rank: which phase, what was planned, which keys help; no traceback, and the other rank ends too."""
+    folder = trials.unbroken.parent / f"no_memory_{phase}"
+    outcome = run_job(folder, Fault(1, NO_MEMORY, phase, at), more=("train.fused_loss=false",))
+    assert outcome.code == 1 and not outcome.orphans and outcome.seconds < 60
+    text = (folder / "out_1.log").read_text()
+    assert "Traceback" not in said(folder), said(folder)
+    assert f"error: rank 1: out of memory in {where}: CUDA out of memory. Tried to allocate 2.00 GiB" in text, text
+    assert "error: predicted for a rank: " in text and "error: this machine has " in text, text
+    advice = [line.removeprefix("error:   ") for line in text.splitlines() if line.startswith("error:   ")]
+    assert advice[0].startswith(first) and all("(predicted " in line for line in advice), text
+    keys = [line.partition("=")[0] for line in advice]
+    training = ["batch.micro_size", "train.fused_loss", "train.activation_checkpointing", "zero", "data.seq_length"]
+    assert keys == (training if phase == "backward" else ["eval.micro_size", "zero", "data.seq_length"]), text
+    assert "Traceback" in (folder / "run/logs/rank_1.log").read_text(), "for who wants to know more"

@@ -57,6 +57,7 @@ def test_the_engine_accepts_every_choice(
     read = DeepSpeedConfig(made)
     assert read.train_batch_size == 6
     assert read.zero_optimization_stage == stage
+    assert not read.timers_config.enabled, "it waits for the device twice in each micro-batch"
     assert (read.float16_config.enabled, read.bfloat16_config.enabled) == (precision == "fp16", precision == "bf16")
     assert read.torch_autocast_enabled == (precision == "bf16_autocast")
     assert read.optimizer_name in DEEPSPEED_OPTIMIZERS or hasattr(optim, read.optimizer_name)

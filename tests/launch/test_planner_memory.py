@@ -124,6 +124,18 @@ def test_logits_by_hand() -> None:
     assert parts(cfg)["logits and loss"] == positions * 5 * (2 + 8) + positions * 20 * 2 + 5 * 20 * 4
 
 
+def test_a_chunk_of_logits_has_512_positions_at_least() -> None:
+    """Of a vocabulary of 10,000: not the 2 Mi elements that are enough for a small one."""
+    from recipes.models.loss import CHUNK_ELEMENTS, CHUNK_POSITIONS, _chunks
+
+    cfg = config(1, "bf16")
+    shape = toy(vocab=10_000, seq_length=1024)
+    rows = next(_chunks(2048, 10_000))
+    assert rows == slice(0, CHUNK_POSITIONS) and CHUNK_POSITIONS * 10_000 > CHUNK_ELEMENTS
+    got = memory(shape, cfg, Layout(4, 4), "cuda").device["logits and loss"]
+    assert got == CHUNK_POSITIONS * 10_000 * (2 + 8) + 2048 * 20 * 2 + 10_000 * 20 * 4
+
+
 def test_unknown_activations_are_not_invented() -> None:
     got = memory(toy(activations=None), config(1), Layout(1, 1), "cpu")
     assert got.device["activations"] == 0

@@ -248,3 +248,18 @@ def test_only_a_head_can_be_new_where_the_class_does_not_name_its_base(family: s
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(RequestError, match=r"its weights lack vision_model.encoder.layers.1"):
         from_pretrained(AutoModelForImageClassification, tmp_path, **settings)
+
+
+def test_buffers_are_where_the_parameters_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """deepspeed 0.19.8 moves nothing of a model that ZeRO-3 has sharded: they would stay on the host."""
+    from recipes.models import build as module
+
+    model = build("llama")
+    assert dict(model.named_buffers())
+    moved = module._on_device(model, torch.device("meta"))
+    assert {buffer.device.type for _, buffer in moved.named_buffers()} == {"meta"}
+    assert {parameter.device.type for parameter in moved.parameters()} == {"cpu"}
+    seen: list[str] = []
+    monkeypatch.setattr(module, "_on_device", lambda model, device: seen.append(str(device)) or model)
+    build("llama", place=lambda parameters: None)
+    assert seen == ["cpu"]
