@@ -16,6 +16,13 @@ from conf.batch import Layout
 pytestmark = pytest.mark.slow
 
 
+def test_bits_per_byte() -> None:
+    """Nats of all supervised tokens, in bits, over the bytes of their text: whatever the vocabulary."""
+    recipe = object.__new__(TinyCausalLM)
+    recipe.__dict__["_held_out_bytes"] = 1000
+    assert recipe.metrics(2.0, 300)["bits_per_byte"] == pytest.approx(2.0 * 300 / math.log(2) / 1000)
+
+
 def make(world: int, stage: int = 1, accumulation: int = 1, **changes):
     """(engine, recipe, cfg, layout) of a tiny run; `changes` are `section__field=value`."""
     from launch.runtime.ds_config import ds_config

@@ -10,7 +10,8 @@ import pytest
 from commands import PLAN, environment, run
 
 from conf.batch import Layout
-from conf.schema import DataConfig, ModelConfig, ParallelConfig
+from conf.schema import Config, DataConfig, ModelConfig, ParallelConfig
+from launch.planner.communication import within_a_step
 from launch.planner.schedule import bubble, in_flight, simulated_bubble, simulated_in_flight
 from recipes.models.shape import model_shape
 from recipes.models.stages import balanced_split
@@ -53,6 +54,18 @@ def test_bytes_that_tensor_ranks_exchange() -> None:
     assert mixture.activations is None, "routing looks at values"
     assert mixture.parts[0].traffic.forward == 9 * 12 * 32 * 4, "not what was seen until the first router"
     assert mixture.idle == 4 * 4 * 3 * 32 * 48 // 2, "two of four experts"
+
+
+def test_what_tensor_ranks_send_in_a_step() -> None:
+    """Both passes of each sequence, the forward one twice where activations are computed again; 2 (r-1)/r of each."""
+    whole = shape(ParallelConfig(tensor=2))
+    (part,) = whole.parts
+    for checkpointing, forwards in ((0, 1), (1, 2)):
+        cfg = Config()
+        cfg.batch.micro_size, cfg.batch.accumulation, cfg.train.activation_checkpointing = 3, 4, checkpointing
+        sent = within_a_step(part, whole, cfg, Layout(2, 1, tensor=2), 0)
+        expected = 12 * (part.traffic.forward * forwards + part.traffic.backward)
+        assert sum(sent.values()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_bubble_by_hand() -> None:

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from mutations.run import ROOT, Mutation, mutations
 
 ALL = mutations()

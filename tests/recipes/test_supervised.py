@@ -16,6 +16,7 @@ from recipes import recipe_class
 from recipes.data.classes import order_of_classes
 from recipes.data.examples import Shuffled, by_length
 from recipes.data.packing import round_up
+from recipes.models.loss import IGNORE
 
 
 class Lengths:
@@ -148,6 +149,7 @@ def test_the_order_of_a_models_classes() -> None:
     mnli = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
     assert order_of_classes(None, mnli, ["entailment", "neutral"]) == ["CONTRADICTION", "neutral", "entailment"]
     assert order_of_classes(None, ["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "2"]) == ["0", "1", "2"]
+    assert order_of_classes(None, ["positive", "negative"], ["negative", "positive"]) == ["positive", "negative"]
     assert order_of_classes(["neg", "pos"], ["LABEL_0", "LABEL_1"], ["pos"]) == ["neg", "pos"]
     assert order_of_classes(["neg", "pos"], ["NEGATIVE", "POSITIVE"], ["pos"]) == ["neg", "pos"]
     for given, names, classes in (
@@ -201,7 +203,12 @@ def test_tokens_without_pieces_of_their_own(tmp_path: Path) -> None:
     rows = [
         {"tokens": ["alpha", "beta", "gamma"][: 1 + n % 3], "tags": ["A", "B", "A"][: 1 + n % 3]} for n in range(16)
     ]
+    rows += [{"tokens": ["alpha", f"q{n}zx{n * n}wk"], "tags": ["A", "B"]} for n in range(4)]  # of several pieces
     recipe = prepared(config(tmp_path, "token_classification", rows, seq_length=8))
+    every = [split.row(n) for split in (recipe.train, recipe.held_out) for n in range(len(split))]
+    assert any((row["tokens"] < 0).any() for row in every)
+    for row in every:
+        assert (row["labels"][row["tokens"] < 0] == IGNORE).all() and (row["labels"][row["tokens"] >= 0] >= 0).all()
     row = recipe.held_out.row(0)
     assert len(row["tags"]) == (row["tokens"] >= 0).sum() == (row["labels"] >= 0).sum()
     batch = recipe.collate([row], 2)
