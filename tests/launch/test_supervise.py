@@ -90,7 +90,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
         assert not left, killed
         process.wait(30)
         newest = max(int(entry.name[5:]) for entry in (folder / RUN / "checkpoints").glob("step_*"))
-        assert newest == max(row["step"] for row in rows(folder / RUN)[0])
+        assert newest == max(row["step"] for row in rows(folder / RUN)[0]) < 150, "they went on to the end"
 
 
 def test_a_rank_that_never_lives_is_given_up(tmp_path: Path) -> None:
