@@ -21,8 +21,9 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
+from recipes.data.changes import check_dropped, lines, reported
 from recipes.data.classes import class_names, in_order, order_of_classes
-from recipes.data.examples import Example, Examples, Shuffled, by_length, encoded
+from recipes.data.examples import SPLITS, Example, Examples, Shuffled, by_length, encoded
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
 
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 6
+FORMAT = 7
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
-OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir")
+OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir", "max_dropped")
 GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
+NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped")
+"""Keys of `data` that change no example."""
 OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
 """Keys of a source that only language models read, unless a task names them among its own."""
 
@@ -172,7 +175,7 @@ class Supervised(Recipe):
         source = self.source()
         if not self.finished and (problem := source.in_both_splits()):
             raise RequestError(problem)
-        settings = {name: value for name, value in asdict(data).items() if name not in ("cache_dir", "bucketing")}
+        settings = {name: value for name, value in asdict(data).items() if name not in NOT_OF_ROWS}
         try:
             content = source.fingerprint()
             fingerprint = key_of(FORMAT, cfg.task, settings, content)
@@ -187,9 +190,13 @@ class Supervised(Recipe):
             raise RequestError(
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
             ) from error
-        self.report = {"fingerprint": store.folder.name, "source": source.name, **store.facts, "labels": self._counts}
+        changes = reported(store.facts["changes"], source.name, source.origins())
+        self.report = {"fingerprint": store.folder.name, "source": source.name, "labels": self._counts}
+        self.report |= {split: store.facts[split] for split in SPLITS} | {"changes": changes}
+        if problems := check_dropped(changes, "data", store.facts["rows"], data.max_dropped):
+            raise RequestError(problems)
         self.report["rows"] = key_of(of_training)
-        for split in ("train", "held_out"):
+        for split in SPLITS:
             if not store.facts[split]:
                 rule = f"the {split.replace('_', '-')} split has no rows"
                 raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
@@ -313,12 +320,15 @@ class Supervised(Recipe):
         }
 
     def said(self) -> str | None:
+        return "\n".join(["; ".join(self.remarks()), *lines(self.report["changes"])])
+
+    def remarks(self) -> list[str]:
+        """What is said of the rows in one line."""
         counts = [f"{self.report['train']:,} training examples, {self.report['held_out']:,} held out"]
-        counts += [f"{count:,} {what}" for what, count in self.report["skipped"].items()]
         if self.labels:
             each = [f"{name} {self._counts.get(name, 0):,}" for name in self.labels[:12]]
             counts.append(f"classes: {', '.join(each)}{', …' if len(self.labels) > 12 else ''}")
-        return "; ".join(counts)
+        return counts
 
     # Model
 
