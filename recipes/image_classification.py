@@ -55,8 +55,8 @@ class ImageClassification(Supervised):
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
         return []
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
-        yield self.named(content["label"])
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
+        yield content["label"]
 
     @property
     def _processor(self) -> ImageProcessor:

@@ -93,7 +93,7 @@ class QuestionAnswering(TextTask):
         content["answers"] = found
         return problems
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
         if not content["answers"]:
             yield NO_ANSWER
 

@@ -69,8 +69,8 @@ class TokenClassification(TextTask):
     def is_empty(self, content: dict[str, Any]) -> bool:
         return not any(token.strip() for token in content["tokens"])
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
-        yield from map(self.named, content["tags"])
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
+        yield from content["tags"]
 
     def texts(self, content: dict[str, Any]) -> Iterator[str]:
         yield " ".join(content["tokens"])

@@ -30,7 +30,7 @@ from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 3
 """Part of every name in the cache: raise it when tokens or packings of the same data would come out differently."""
 SPLITS = ("train", "held_out")
 PLACES = {"origin": "int32", "line": "int64"}

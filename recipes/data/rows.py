@@ -188,6 +188,8 @@ def wrong_class(value: Any, where: str, column: str, wanted: str = "a name or a 
     """What is wrong with the class of a row; None for a name or a number."""
     if isinstance(value, str | int) and not isinstance(value, bool) and not wrong_text(str(value)):
         return None
+    if isinstance(value, float) and value.is_integer():  # 1.0: a column of whole numbers of which some were missing
+        return None
     nearest = "data.multi_label=true" if isinstance(value, list) else ""
     return Problem(where, repr(value)[:60], f"column '{column}' must be {wanted}", nearest)
 
