@@ -60,6 +60,7 @@ RANGES: dict[str, Range] = {
     "data.vocab_size": Range(260),
     "data.held_out": Range(0, 1, open=True),
     "data.max_files": Range(2),
+    "data.max_dropped": SHARE,
     "train.steps": SOME,
     "train.epochs": POSITIVE,
     "train.activation_checkpointing": ANY_COUNT,

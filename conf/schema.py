@@ -136,7 +136,11 @@ class DataConfig(SourceConfig):
     go on in the next sequence and completions are cut and counted, nor in question_answering, which reads windows."""
     empty: str = "refuse"
     """What happens to a row whose text or label is blank (not in causal_lm, which counts them): refuse, with file and
-    line | skip (and count)."""
+    line | skip (and count, as far as `max_dropped` allows)."""
+    max_dropped: float = 0.05
+    """Largest share of the rows of a source that may be dropped (nothing in them is supervised within `seq_length`, a
+    column is blank); with more the run is refused. What is dropped, cut or changed is counted by reason, said before
+    the start and written to `summary.json`."""
     stride: int = 64
     """Tokens that neighbouring windows of a long text share (question_answering)."""
     bucketing: bool = True

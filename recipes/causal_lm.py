@@ -71,6 +71,11 @@ class CausalLM(Recipe):
         problems = check_buildable(self.hf_class(), config, self.cfg)
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
+    def said(self) -> str | None:
+        from recipes.data.changes import lines
+
+        return "\n".join(lines(self.report["changes"])) or None
+
     def model_config(self) -> PretrainedConfig:
         from recipes.models.configuration import scratch_config, set_dropout
         from recipes.models.pretrained import pretrained_config

@@ -10,6 +10,7 @@ import numpy as np
 
 from conf.errors import Problem
 from recipes.base import Prediction
+from recipes.data.changes import CHANGED
 from recipes.data.examples import Example
 from recipes.data.image_processor import FILES, ImageProcessor
 from recipes.data.rows import Meter, Problems, Row, wrong_class
@@ -54,8 +55,8 @@ class ImageClassification(Supervised):
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
         return []
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
-        yield self.named(content["label"])
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
+        yield content["label"]
 
     @property
     def _processor(self) -> ImageProcessor:
@@ -74,7 +75,8 @@ class ImageClassification(Supervised):
             label = self.number_of(self.named(row.content["label"]), row.where, problems)
             image = row.content["image"]
             if image.shape[-1] > self._processor.shape[0]:
-                meter.skip("images in colour read as grey (model.config.num_channels=3 keeps it)")
+                what = "images in colour read as grey (model.config.num_channels=3 keeps it)"
+                meter.note(CHANGED, what, row.where)
             pixels = self._processor.sized(image)
             examples.append([{"pixels": pixels, "labels": np.array([IGNORE if label is None else label], np.int32)}])
         return examples

@@ -13,6 +13,7 @@ import numpy as np
 from conf.errors import Problem
 from conf.rules_values import changed
 from recipes.base import Prediction, Progress
+from recipes.data.changes import CUT, DROPPED
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.sources import Source
@@ -92,7 +93,7 @@ class QuestionAnswering(TextTask):
         content["answers"] = found
         return problems
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
         if not content["answers"]:
             yield NO_ANSWER
 
@@ -133,9 +134,12 @@ class QuestionAnswering(TextTask):
                 windows.append({**self._window(rows[numbers[place]], found, window), "first": first})
         for row, windows in zip(rows, examples, strict=True):
             if any(window["labels"][1] - window["labels"][0] >= LONGEST_ANSWER for window in windows):
-                meter.skip(f"answers of more than {LONGEST_ANSWER} tokens, of which no more are predicted")
+                what = f"answers of more than {LONGEST_ANSWER} tokens, of which no more are predicted"
+                meter.note(CUT, what, row.where)
             if row.content["answers"] and not any(window["labels"].any() for window in windows):
-                meter.skip("questions whose answer is whole in no window, learned as having none")
+                what = "questions whose answer is whole in no window, learned as having none"
+                whole = self.tokenizer(row.content["question"].strip(), row.content["context"], verbose=False)
+                meter.note(DROPPED, what, row.where, len(whole["input_ids"]))
         return examples
 
     def _window(self, row: Row, found: Any, window: int) -> Example:

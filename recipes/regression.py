@@ -59,7 +59,7 @@ class _Numbers(Supervised):
                     content[name] = number
         return problems
 
-    def said(self) -> str | None:
+    def remarks(self) -> list[str]:
         """Also columns that no learning rate of a recipe fits: nothing is scaled here unasked."""
         rows = [self.train.row(number) for number in range(min(len(self.train), SAMPLE))]
         columns = {"label": [row["target"][0] for row in rows]}
@@ -70,8 +70,8 @@ class _Numbers(Supervised):
             middle, spread = float(np.mean(numbers, dtype=np.float64)), float(np.std(numbers, dtype=np.float64))
             if spread > 100 or abs(middle) > 100 * max(spread, 1):
                 notes.append(f"{name} is {middle:.3g} ± {spread:.2g}")
-        scaled = f"; {', '.join(notes)}: numbers of 0 ± 1 are learned much faster, scale them" if notes else ""
-        return f"{super().said()}{scaled}"
+        scaled = f"{', '.join(notes)}: numbers of 0 ± 1 are learned much faster, scale them"
+        return [*super().remarks(), *([scaled] if notes else [])]
 
     def collate_labels(self, rows: Sequence[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
         targets, supervised = np.zeros(size, np.float32), np.zeros(size, bool)

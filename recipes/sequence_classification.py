@@ -11,6 +11,7 @@ import numpy as np
 from conf.errors import Problem
 from conf.rules_values import shown
 from recipes.base import Prediction
+from recipes.data.classes import normalised
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content, wrong_class
 from recipes.supervised import IGNORE, RECORDS
@@ -51,7 +52,8 @@ class SequenceClassification(TextTask):
             if wrong := wrong_class(label, where, columns["label"], wanted):
                 problems.append(wrong)
                 break
-        names = list(self._names(content["label"])) if not problems and self.cfg.data.multi_label else []
+        many = not problems and self.cfg.data.multi_label
+        names = [normalised(name) for name in self._names(content["label"])] if many else []
         if len(set(names)) < len(names):
             rule = f"column '{columns['label']}' has a class twice; it must list the classes of the row, each once"
             problems.append(Problem(where, str(content["label"])[:60], rule, '["a", "c"], or [0, 2]'))
@@ -80,12 +82,9 @@ class SequenceClassification(TextTask):
                 return [Problem("data.multi_label", shown(many), rule, f"data.multi_label={shown(not many)}")]
         return super().check_model()
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
         label = content["label"]
-        if self.cfg.data.multi_label:
-            yield from map(self.named, self._names(label))
-        else:
-            yield self.named(label)
+        yield from self._names(label) if self.cfg.data.multi_label else [label]
 
     def texts(self, content: dict[str, Any]) -> Iterator[str]:
         yield content["text"]

@@ -5,6 +5,7 @@ A recipe says which columns and kinds of data it reads, how a row is encoded, wh
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -21,8 +22,9 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
-from recipes.data.classes import class_names, in_order, order_of_classes
-from recipes.data.examples import Example, Examples, Shuffled, by_length, encoded
+from recipes.data.changes import CHANGED, check_dropped, lines, recorded, reported
+from recipes.data.classes import class_names, in_order, near_duplicates, normalised, order_of_classes
+from recipes.data.examples import SPLITS, Example, Examples, Shuffled, by_length, encoded
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
 
@@ -31,13 +33,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 6
+FORMAT = 8
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
+REWRITTEN = 20
+"""Ways of writing a class that are said."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
-OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir")
+OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir", "max_dropped")
 GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
+NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped")
+"""Keys of `data` that change no example."""
 OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
 """Keys of a source that only language models read, unless a task names them among its own."""
 
@@ -66,7 +72,7 @@ class Supervised(Recipe):
     ALSO: ClassVar[tuple[str, ...]] = ()
     """Columns of records that are taken along where they are there."""
     CLASSES: ClassVar[bool] = True
-    """Whether what `classes_of` gives are the outputs of a model."""
+    """Whether what `labels_of` gives are the outputs of a model."""
     ARRAYS: ClassVar[Mapping[str, str]] = {}
     """Arrays of an example → their dtype on disk."""
     LENGTHS: ClassVar[tuple[str, ...]] = ()
@@ -101,9 +107,18 @@ class Supervised(Recipe):
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         """The examples of each row; broken rows go to `problems`."""
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
-        """The names of the classes that a row has, for tasks with classes."""
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
+        """The classes that a row has, as they are written there, for tasks with classes."""
         yield from ()
+
+    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
+        """The names of the classes that a row has."""
+        yield from map(self.named, self.labels_of(content))
+
+    @functools.cached_property
+    def _given(self) -> list[str] | None:
+        """`data.labels`, by the names that classes have here."""
+        return None if self.cfg.data.labels is None else [normalised(name) for name in self.cfg.data.labels]
 
     def ready(self, root: Path, source: Source, fingerprint: str, progress: Progress) -> list[str]:
         """Make what encoding needs (a tokenizer), and return what the examples depend on beside data and task."""
@@ -122,8 +137,8 @@ class Supervised(Recipe):
             rule = f"{self.cfg.task} reads {', '.join(self.KINDS)}"
             yield Problem("data.kind", data.kind, rule, f"data={near}")
         yield from foreign_keys(self.cfg, self.KEYS)
-        if twice := [name for name, count in Counter(data.labels or ()).items() if count > 1]:
-            rule, once = f"'{twice[0]}' stands there twice", ",".join(dict.fromkeys(data.labels or ()))
+        if twice := [name for name, count in Counter(self._given or ()).items() if count > 1]:
+            rule, once = f"'{twice[0]}' stands there twice", ",".join(dict.fromkeys(self._given or ()))
             yield Problem("data.labels", f"[{','.join(data.labels or ())}]", rule, f"data.labels=[{once}]")
         for name in self.KEYS if data.kind in self.KINDS and data.kind not in RECORDS else ():
             if name in COLUMNS and name not in READ_BY.get(data.kind, ()) and changed(data, name):
@@ -172,7 +187,7 @@ class Supervised(Recipe):
         source = self.source()
         if not self.finished and (problem := source.in_both_splits()):
             raise RequestError(problem)
-        settings = {name: value for name, value in asdict(data).items() if name not in ("cache_dir", "bucketing")}
+        settings = {name: value for name, value in asdict(data).items() if name not in NOT_OF_ROWS}
         try:
             content = source.fingerprint()
             fingerprint = key_of(FORMAT, cfg.task, settings, content)
@@ -180,6 +195,7 @@ class Supervised(Recipe):
             alone = replace(data, eval_path=None, eval_split=None, eval_target_path=None)
             of_training = self.source(alone).fingerprint() if apart else content
             self.labels, self._counts = self._find_labels(root, source, fingerprint)
+            changes = reported(self._rewritten, source.name, source.origins())
             depends = self.ready(root, source, fingerprint, report)
             name = f"examples-{key_of(fingerprint, self.labels, depends)}"
             store = encoded(root, name, source, self.ARRAYS, self.encode, report)
@@ -187,9 +203,13 @@ class Supervised(Recipe):
             raise RequestError(
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
             ) from error
-        self.report = {"fingerprint": store.folder.name, "source": source.name, **store.facts, "labels": self._counts}
+        changes += reported(store.facts["changes"], source.name, source.origins())
+        self.report = {"fingerprint": store.folder.name, "source": source.name, "labels": self._counts}
+        self.report |= {split: store.facts[split] for split in SPLITS} | {"changes": changes}
+        if problems := check_dropped(changes, "data", store.facts["rows"], data.max_dropped):
+            raise RequestError(problems)
         self.report["rows"] = key_of(of_training)
-        for split in ("train", "held_out"):
+        for split in SPLITS:
             if not store.facts[split]:
                 rule = f"the {split.replace('_', '-')} split has no rows"
                 raise RequestError(Problem("data", source.name, rule, "more data, or data.eval_path=FILE"))
@@ -223,18 +243,27 @@ class Supervised(Recipe):
         from recipes.data.store import entry
 
         def build(folder: Path) -> dict[str, Any]:
-            problems, meter, counts, rows = Problems(), Meter(source.size()), dict[str, int](), 0
+            problems, meter, counts, rows, total = Problems(), Meter(source.size()), dict[str, int](), 0, 0
+            changes = Meter()
             for row in source.read(problems, meter):
-                rows += not row.held_out
-                for label in self.classes_of(row.content) if not row.held_out else ():
+                rows, total = rows + (not row.held_out), total + 1
+                labels = list(self.labels_of(row.content))
+                if self.CLASSES and (wrong := self._named_like_its_column(labels, row.where)):
+                    problems.add(wrong)
+                other = next((label for label in labels if normalised(label) != str(label).strip()), None)
+                if other is not None:
+                    what = f"labels read by their value, {normalised(other)!r} for {other!r}"
+                    changes.note(CHANGED, what, row.where)
+                for label in map(self.named, labels) if not row.held_out else ():
                     counts[label] = counts.get(label, 0) + 1
             problems.raise_any()
-            return {"counts": counts, "rows": rows}
+            found = list(changes.changes.values())[:REWRITTEN]
+            return {"counts": counts, "rows": rows, "changes": recorded(found, source.origins(), total)}
 
         facts = entry(root, f"labels-{fingerprint}", build).facts
-        counts = facts["counts"]
-        given = self.cfg.data.labels
-        if not self.CLASSES or type(self).classes_of is Supervised.classes_of:
+        counts, self._rewritten = facts["counts"], facts["changes"]
+        given = self._given
+        if not self.CLASSES or type(self).labels_of is Supervised.labels_of:
             return list(given or []), counts
         if not counts and not self.finished:
             rule = "no training row has a class"
@@ -261,7 +290,7 @@ class Supervised(Recipe):
                     raise RequestError(Problem("data.label", f"'{name}'", rule, f"'{'|'.join(sorted(parts))}'"))
         if given is None:
             return sorted(counts, key=_natural), counts
-        without = [name for name in self.cfg.data.labels or () if name not in counts]
+        without = [name for name in self._given or () if name not in counts]
         if without and not self.finished:
             rule = "a class without an example in the training rows"
             near = did_you_mean(without[0], counts)
@@ -271,9 +300,21 @@ class Supervised(Recipe):
             )
         return list(given), counts
 
+    def _named_like_its_column(self, labels: list[Any], where: str) -> Problem | None:
+        """A row whose class is the name of its column: a header among the rows, unless `data.labels` names it."""
+        columns = self.columns() if self.cfg.data.kind in RECORDS else {}
+        column = columns.get("label") or columns.get("tags")
+        name = column and normalised(column.rpartition(".")[2]).casefold()
+        if not name or all(normalised(label).casefold() != name for label in labels):
+            return None
+        if any(label.casefold() == name for label in self._given or ()):
+            return None
+        rule = f"its class is the name of column '{column}', as in a header"
+        return Problem(where, "", rule, "a file without this line, or data.labels=[…] with this class, if it is one")
+
     def named(self, label: Any) -> str:
         """The name of a class that a row gives by its name or, where `data.labels` names them, by its number."""
-        name, given = str(label).strip(), self.cfg.data.labels
+        name, given = normalised(label), self._given
         numbered = given and not any(one.isdecimal() for one in given)
         if given and numbered and name not in given and name.isascii() and name.isdecimal() and int(name) < len(given):
             return given[int(name)]
@@ -313,12 +354,18 @@ class Supervised(Recipe):
         }
 
     def said(self) -> str | None:
+        return "\n".join(["; ".join(self.remarks()), *lines(self.report["changes"])])
+
+    def remarks(self) -> list[str]:
+        """What is said of the rows in one line."""
         counts = [f"{self.report['train']:,} training examples, {self.report['held_out']:,} held out"]
-        counts += [f"{count:,} {what}" for what, count in self.report["skipped"].items()]
         if self.labels:
             each = [f"{name} {self._counts.get(name, 0):,}" for name in self.labels[:12]]
             counts.append(f"classes: {', '.join(each)}{', …' if len(self.labels) > 12 else ''}")
-        return "; ".join(counts)
+        if self.CLASSES and (near := near_duplicates(self._counts)):
+            each = [" and ".join(f"{name!r} ({self._counts[name]:,})" for name in pair) for pair in near[:6]]
+            counts.append(f"classes that may be one, written in two ways: {', '.join(each)}")
+        return counts
 
     # Model
 

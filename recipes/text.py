@@ -11,6 +11,7 @@ import numpy as np
 
 from conf.errors import Problem, RequestError
 from recipes.base import Progress
+from recipes.data.changes import CUT
 from recipes.data.examples import Example
 from recipes.data.packing import MULTIPLE, round_up
 from recipes.data.rows import Meter, Problems, Row
@@ -115,8 +116,10 @@ class TextTask(Supervised):
             for ids, kind in zip(found["input_ids"], kinds, strict=True)
         ]
 
-    def overlong(self, lengths: Sequence[int], wheres: Sequence[str], problems: Problems, meter: Meter) -> None:
-        """Rows longer than `data.seq_length`: counted, or refused as configured."""
+    def overlong(
+        self, lengths: Sequence[int], wheres: Sequence[str], problems: Problems, meter: Meter, what: str = "rows"
+    ) -> None:
+        """Rows (or what of them) longer than `data.seq_length`: counted, or refused as configured."""
         limit = self.cfg.data.seq_length
         for length, where in zip(lengths, wheres, strict=True):
             if length <= limit:
@@ -126,7 +129,7 @@ class TextTask(Supervised):
                 nearest = f"data.overlong=truncate, or data.seq_length={-(-length // 8) * 8}"
                 problems.add(Problem(where, f"{length} tokens", rule, nearest))
             else:
-                meter.skip("rows truncated to data.seq_length")
+                meter.note(CUT, f"{what} truncated to data.seq_length", where, length)
 
     def scratch_defaults(self) -> dict[str, Any]:
         return {"vocab_size": len(self.tokenizer)}

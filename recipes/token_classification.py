@@ -10,6 +10,7 @@ import numpy as np
 
 from conf.errors import Problem
 from recipes.base import Prediction
+from recipes.data.changes import DROPPED
 from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
 from recipes.data.tokenizer import spaces_are_of_words
@@ -68,8 +69,8 @@ class TokenClassification(TextTask):
     def is_empty(self, content: dict[str, Any]) -> bool:
         return not any(token.strip() for token in content["tokens"])
 
-    def classes_of(self, content: dict[str, Any]) -> Iterator[str]:
-        yield from map(self.named, content["tags"])
+    def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
+        yield from content["tags"]
 
     def texts(self, content: dict[str, Any]) -> Iterator[str]:
         yield " ".join(content["tokens"])
@@ -100,7 +101,7 @@ class TokenClassification(TextTask):
                 np.int32,
             )
             if not row.held_out and not (first >= 0).any():
-                meter.skip("rows whose first token is cut off")
+                meter.note(DROPPED, "rows whose first token is cut off", row.where)
                 examples.append([])
                 continue
             ids = np.array(found["input_ids"][number], np.int32)

@@ -103,7 +103,7 @@ class Translation(TextTask):
         sides, prefix = [], self.cfg.data.source_prefix
         for side, before, ids_of in (("source", prefix, self._source_ids), ("target", "", self.form.target_ids)):
             ids = [self._ended(one) for one in ids_of([before + row.content[side] for row in rows])]
-            self.overlong([len(one) for one in ids], [row.where for row in rows], problems, meter)
+            self.overlong([len(one) for one in ids], [row.where for row in rows], problems, meter, f"{side}s")
             sides.append([self._cut(one) for one in ids])
         return [
             [
@@ -130,14 +130,16 @@ class Translation(TextTask):
     def lengths(self, examples: Examples) -> list[np.ndarray]:
         return self.form.lengths(*super().lengths(examples))
 
-    def said(self) -> str | None:
+    def remarks(self) -> list[str]:
         """Also how many targets cannot be generated whole: their scores are of what there is."""
         limit = self.cfg.eval.new_tokens
         longer = int((self.held_out.lengths("labels") > limit).sum())
-        more = f"; {longer:,} held-out targets are longer than eval.new_tokens={limit}" if longer else ""
+        found = super().remarks()
+        if longer:
+            found.append(f"{longer:,} held-out targets are longer than eval.new_tokens={limit}")
         if self.cfg.eval.bleu_tokens in WORDS and self._without_spaces():
-            more += "; the targets have no spaces between words: BLEU is that of eval.bleu_tokens=zh or char"
-        return f"{super().said()}{more}"
+            found.append("the targets have no spaces between words: BLEU is that of eval.bleu_tokens=zh or char")
+        return found
 
     def _without_spaces(self) -> bool:
         """Whether most letters of the first held-out targets are of scripts without spaces between words."""

@@ -262,6 +262,7 @@ def _train(
         "kept_at_step": outcome.kept_at,
         "model": str(run_dir.model),
         "rows": recipe.report.get("rows"),
+        "changes": recipe.report.get("changes", []),
     }
     if first:
         loss_png = plot_loss(run_dir.path)

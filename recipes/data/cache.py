@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
+from recipes.data.changes import CUT, DROPPED, check_dropped, enough, recorded, reported
 from recipes.data.encode import Encoder
 from recipes.data.order import MixedDataset, SampleOrder
 from recipes.data.packing import Packing, SequenceSet, Tokens, pack, widths
@@ -28,9 +30,17 @@ from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 3
 """Part of every name in the cache: raise it when tokens or packings of the same data would come out differently."""
 SPLITS = ("train", "held_out")
+PLACES = {"origin": "int32", "line": "int64"}
+"""Where each document stands, of those that may be cut or dropped: `Source.origins`, and the line or row there."""
+REASONS = {
+    "beyond": (DROPPED, "rows in which nothing to learn comes within data.seq_length={}"),
+    "unsupervised": (DROPPED, "rows with nothing to learn"),
+    "truncated": (CUT, "rows truncated to data.seq_length={}"),
+}
+"""Counts of a packing → what became of these rows, and why."""
 BATCH_CHARACTERS = 1 << 22
 BATCH_ROWS = 4096
 FORMAT_KEYS = (
@@ -99,6 +109,12 @@ def prepare(
     except OSError as error:
         raise RequestError(Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")) from error
     packed = [{split: _packed(root, store, split, data, report_to) for split in SPLITS} for store in stores]
+    changes = [_changes(*each, data) for each in zip(sources, stores, packed, strict=True)]
+    problems: list[Problem] = []
+    for source, store, found in zip(sources, stores, changes, strict=True):
+        problems += check_dropped(found, source.key, store.facts["rows"], data.max_dropped)
+    if problems:
+        raise RequestError(problems)
     _require_sequences(sources, packed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -110,7 +126,8 @@ def prepare(
     report = {
         "vocab_size": len(tokenizer),
         "fingerprint": key_of(*(store.folder.name for store in stores)),
-        "sources": [_source_report(*item, data) for item in zip(sources, stores, packed, strict=True)],
+        "sources": [_source_report(*item, data) for item in zip(sources, packed, strict=True)],
+        "changes": [change for found in changes for change in found],
     }
     return Prepared(train, [source.config.weight for source in sources], held_out, tokenizer, report, seed)
 
@@ -194,25 +211,35 @@ def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     encoder = Encoder(tokenizer, columns, source.key)
     plain = "text" in columns
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
-    arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool"})
+    arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool", **PLACES})
+    origins = source.origins()
+    numbers = {origin: number for number, origin in enumerate(origins)}
     with writing(folder):
         writers = {(s, a): ArrayWriter(folder / f"{s}.{a}", kind) for s in SPLITS for a, kind in arrays.items()}
-    problems, meter = Problems(), Meter(source.size())
+    problems, meter, read = Problems(), Meter(source.size()), 0
     try:
         for split in SPLITS:
             writers[split, "offsets"].append(np.zeros(1))
         for batch in _batches(source.read(problems, meter)):
             for held_out, split in enumerate(SPLITS):
-                encoded = encoder.encode([row for row in batch if row.held_out == bool(held_out)], problems)
+                rows = [row for row in batch if row.held_out == bool(held_out)]
+                encoded = encoder.encode(rows, problems)
+                read += len(rows)
                 with writing(folder):
                     _append(writers, split, encoded, plain)
+                    if not plain:
+                        places = [row.where.rpartition(":") for row in rows]
+                        writers[split, "origin"].append(np.array([numbers.get(name, -1) for name, _, _ in places]))
+                        writers[split, "line"].append(np.array([int(line) for _, _, line in places], np.int64))
             progress(meter.done, meter.total, f"tokenising {source.name}")
     finally:
         with writing(folder):
             for writer in writers.values():
                 writer.close()
     problems.raise_any()
-    facts: dict[str, Any] = {"plain": plain, "dtype": dtype, "skipped": meter.skipped}
+    count = read + meter.dropped
+    changes = recorded(meter.changes.values(), origins, count)
+    facts: dict[str, Any] = {"plain": plain, "dtype": dtype, "rows": count, "changes": changes}
     for split in SPLITS:
         documents = writers[split, "offsets"].count - 1
         if documents == 0:
@@ -259,7 +286,7 @@ def _packed(root: Path, store: Entry, split: str, data: DataConfig, progress: Pr
         store.array(f"{split}.ids", store.facts["dtype"]), supervised, store.array(f"{split}.offsets", "int64")
     )
     arrays = {"start": "int64", "length": "int64", "follows": "bool", "rows": "int64", "supervised": "int64"}
-    counts = ("truncated", "unsupervised")
+    counts = [f"{first}{what}" for what in REASONS for first in ("", "first_")]
 
     def build(folder: Path) -> dict[str, Any]:
         progress(0, tokens.documents, "packing")
@@ -288,10 +315,38 @@ def _require_sequences(sources: list[Source], packed: list[dict[str, tuple[Token
         raise RequestError(problems)
 
 
-def _source_report(
+def _changes(
     source: Source, store: Entry, parts: dict[str, tuple[Tokens, Packing]], data: DataConfig
-) -> dict[str, Any]:
-    report: dict[str, Any] = {"source": source.name, "weight": source.config.weight, "skipped": store.facts["skipped"]}
+) -> list[dict[str, Any]]:
+    """What became of the rows of a source when they were read, and when they were packed; as of `changes.reported`."""
+    found, rows, origins = list(store.facts["changes"]), store.facts["rows"], source.origins()
+    lost = sum(change["count"] for change in found if change["effect"] == DROPPED)
+    lost += sum(packing.unsupervised for _, packing in parts.values())
+    lengths = Counter[int]()
+    for tokens, packing in parts.values():
+        if packing.truncated or packing.beyond:
+            full = np.diff(tokens.offsets)
+            lengths.update(full[full > data.seq_length].tolist())
+    spare = max(0, int(min(0.05, data.max_dropped) * rows) - lost)
+    for name, (effect, what) in REASONS.items():
+        places = [
+            [int(store.array(f"{split}.{array}", PLACES[array])[first]) for array in PLACES]
+            for split, (_, packing) in parts.items() if (first := getattr(packing, f"first_{name}")) >= 0
+        ]  # fmt: skip
+        if places:
+            origin, line = min(places)
+            found.append(
+                {
+                    "what": what.format(data.seq_length), "effect": effect, "of": rows, "first": [origin, f":{line}"],
+                    "count": sum(getattr(packing, name) for _, packing in parts.values()),
+                    "seq_length": enough(lengths, spare) if name != "unsupervised" else None,
+                }
+            )  # fmt: skip
+    return reported(found, source.name, origins)
+
+
+def _source_report(source: Source, parts: dict[str, tuple[Tokens, Packing]], data: DataConfig) -> dict[str, Any]:
+    report: dict[str, Any] = {"source": source.name, "weight": source.config.weight}
     for split in SPLITS:
         tokens, packing = parts[split]
         real = np.diff(np.concatenate([[0], np.cumsum(packing.length)])[packing.rows])
@@ -303,7 +358,7 @@ def _source_report(
             "sequences": rows,
             "padding": 1 - used / int(widths(real, data.seq_length, data.packing).sum()),
             "truncated": packing.truncated,
-            "without_supervision": packing.unsupervised,
+            "without_supervision": packing.beyond + packing.unsupervised,
         }
     return report
 

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from conf.errors import Problem, RequestError
+
+NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?")
+"""`007` is none but a name: in codes a leading zero has a meaning."""
+AROUND = " \t\r\n\v\f\u00a0\u200b\u2060\ufeff"
+BETWEEN = re.compile(r"[\s_.-]+")
+RARE, ALIKE = 0.1, 0.85
+"""A class this much rarer than one that is spelled this much like it is taken for a slip."""
+COMPARED = 300
+"""Classes that are compared with each other for slips, at most."""
+
+
+def normalised(label: Any) -> str:
+    """The name of a class: composed (NFC), without what stands around it, numbers by their value (`1.0` is `1`)."""
+    name = unicodedata.normalize("NFC", str(label)).strip(AROUND).strip()
+    if not (NUMBER.fullmatch(name) and any(sign.isdigit() for sign in name)):
+        return name
+    whole, _, part = name.lstrip("+-").partition(".")
+    part = part.rstrip("0")
+    value = f"{whole or 0}.{part}" if part else whole or "0"
+    return f"-{value}" if name[0] == "-" and value != "0" else value
+
+
+def folded(name: str) -> str:
+    """What is alike in names of one class that is written in several ways: case, width, spaces, signs, zeros."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return (text if _is_number(text) else BETWEEN.sub("", text)).lstrip("0") or text
+
+
+def near_duplicates(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """(rarer, other) classes that look like one written in two ways, or with a slip. counts: class → rows."""
+    names = sorted(counts, key=lambda name: -counts[name])
+    found, seen = [], dict[str, str]()
+    for name in names:
+        if (other := seen.setdefault(folded(name), name)) != name:
+            found.append((name, other))
+    words = [name for name in names if len(name) >= 5 and name.replace(" ", "").isalpha()][:COMPARED]
+    for place, name in enumerate(words):
+        often = [other for other in words[:place] if counts[name] <= RARE * counts[other]]
+        if (near := difflib.get_close_matches(name, often, 1, ALIKE)) and (name, near[0]) not in found:
+            found.append((name, near[0]))
+    return found
+
+
+def _is_number(name: str) -> bool:
+    return bool(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name))
 
 
 def class_names(folder: Path) -> list[str] | None:
@@ -24,15 +72,19 @@ def class_names(folder: Path) -> list[str] | None:
 
 
 def in_order(names: Sequence[str], classes: Iterable[str]) -> list[str] | None:
-    """`names` as `classes` are written, which may differ in upper and lower case; None where these are others."""
+    """`names` as `classes` are written, which may differ in case or as in `normalised`; None where these are others."""
     classes = set(classes)
     if classes <= set(names):
         return list(names)
-    written = {name.casefold(): name for name in classes}
-    known = {name.casefold() for name in names}
+    written = {_key(name): name for name in classes}
+    known = {_key(name) for name in names}
     if len(written) < len(classes) or len(known) < len(names) or not written.keys() <= known:
         return None
-    return [written.get(name.casefold(), name) for name in names]
+    return [written.get(_key(name), name) for name in names]
+
+
+def _key(name: str) -> str:
+    return normalised(name).casefold()
 
 
 def order_of_classes(given: list[str] | None, names: list[str] | None, classes: Iterable[str]) -> list[str]:
@@ -66,12 +118,12 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
 
 def _refuse_moved(given: list[str], names: list[str]) -> None:
     """Raises RequestError where a name that the model knows too stands for another of its outputs."""
-    places = {name.casefold(): number for number, name in enumerate(names)}
-    moved = [name for number, name in enumerate(given) if places.get(name.casefold(), number) != number]
+    places = {_key(name): number for number, name in enumerate(names)}
+    moved = [name for number, name in enumerate(given) if places.get(_key(name), number) != number]
     if moved:
-        rule = f"'{moved[0]}' is output {places[moved[0].casefold()]} of the model ({', '.join(names)})"
+        rule = f"'{moved[0]}' is output {places[_key(moved[0])]} of the model ({', '.join(names)})"
         order = dict.fromkeys(range(max(len(names), len(given))), "…")
-        order |= {places[name.casefold()]: name for name in given if name.casefold() in places}
+        order |= {places[_key(name)]: name for name in given if _key(name) in places}
         raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(list(order.values()))}"))
 
 

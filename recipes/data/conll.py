@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
+from recipes.data.changes import PASSED_OVER
 from recipes.data.readers import _lines
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import FileSource, held_out_row
@@ -158,10 +159,10 @@ def read_conll(path: Path, columns: Columns, entities: bool, problems: Problems,
             continue
         fields = shape.split(line)
         if line.startswith("# ") and (len(fields) < columns.needed or len(fields) != (shape.width or len(fields))):
-            meter.skip("comment lines")
+            meter.note(PASSED_OVER, "comment lines", f"{path}:{number}")
             continue
         if shape.is_universal and re.fullmatch(r"\d+[-.]\d+", fields[0]):  # "del", whose "de" and "el" follow
-            meter.skip("words that stand for others, or for none (CoNLL-U)")
+            meter.note(PASSED_OVER, "words that stand for others, or for none (CoNLL-U)", f"{path}:{number}")
             continue
         first = first or number
         if problem := _wrong_line(f"{path}:{number}", fields, columns, shape, entities):

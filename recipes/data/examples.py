@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.data.changes import recorded
 from recipes.data.order import permute
 from recipes.data.packing import round_up
 from recipes.data.rows import Meter, Problems, Row
@@ -109,8 +110,9 @@ def encoded(
 ) -> Entry:
     """The store `name` below `root`, built from `source` when there is none yet.
 
-    arrays: name of each array of an example → its dtype on disk. encode: rows of one split → the examples of each row.
-    The entry's facts are the counts of each split and what was skipped.
+    arrays: name of each array of an example → its dtype on disk. encode: rows → the examples of each.
+    The entry's facts are the examples of each split, the rows, and what became of those that are not there as they
+    are (`changes.recorded`).
     Raises RequestError with all broken rows.
     """
 
@@ -126,12 +128,14 @@ def encoded(
                 for base in arrays:
                     writers[split, f"{base}.offsets"].append(np.zeros(1))
         problems, meter = Problems(), Meter(source.size())
-        counts = dict.fromkeys(SPLITS, 0)
+        counts, read, encoding = dict.fromkeys(SPLITS, 0), 0, Meter()
         try:
             for batch in _batches(source.read(problems, meter)):
+                made = encode(batch, problems, encoding)
+                read += len(batch)
                 for held_out, split in enumerate(SPLITS):
-                    rows = [row for row in batch if row.held_out == bool(held_out)]
-                    examples = [one for found in encode(rows, problems, meter) for one in found] if rows else []
+                    pairs = zip(batch, made, strict=True)
+                    examples = [one for row, found in pairs if row.held_out == bool(held_out) for one in found]
                     counts[split] += len(examples)
                     with writing(folder):
                         _append(writers, split, arrays, examples)
@@ -141,7 +145,8 @@ def encoded(
                 for writer in writers.values():
                     writer.close()
         problems.raise_any()
-        return {**counts, "skipped": meter.skipped}
+        total, changes = read + meter.dropped, [*meter.changes.values(), *encoding.changes.values()]
+        return {**counts, "rows": total, "changes": recorded(changes, source.origins(), total)}
 
     return entry(root, name, build)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem
+from recipes.data.changes import DROPPED
 from recipes.data.readers import read_python
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import StdlibSource, _hash, held_out_files
@@ -51,12 +52,12 @@ def functions(name: str, path: Path, meter: Meter) -> Iterator[Function]:
     """
     text = read_python(path)
     if text is None:
-        meter.skip("files that do not decode")
+        meter.note(DROPPED, "files that do not decode", str(path))
         return
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last three: null bytes, nested too deeply
-        meter.skip("files that do not parse")
+        meter.note(DROPPED, "files that do not parse", str(path))
         return
     lines = text.split("\n")  # not splitlines: a form feed ends no line for `ast`
     for node in _definitions(tree):

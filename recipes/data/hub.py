@@ -41,6 +41,9 @@ class HubSource(Source):
     def fingerprint(self) -> str:
         return " ".join(split._fingerprint for _, _, split in self._splits())
 
+    def origins(self) -> list[str]:
+        return [f"{self.name}[{split}]" for split in (self.config.split, self.config.eval_split) if split is not None]
+
     def size(self) -> int:
         return sum(len(split) for _, _, split in self._splits())
 

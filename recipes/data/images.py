@@ -14,6 +14,7 @@ from typing import IO, BinaryIO
 import numpy as np
 
 from conf.errors import Problem, RequestError, did_you_mean
+from recipes.data.changes import PASSED_OVER
 from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _first_line, open_bytes
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import FileSource, Source, _hash, find_files, held_out_row
@@ -137,9 +138,9 @@ class ImageFolderSource(FileSource):
         train, evaluation = self.files(False), self.files(True)
         set_aside = set() if evaluation else held_out_of_classes([name for name, _ in train], self.held_out)
         for split, files in ((False, train), (True, evaluation)):
-            others = len(self._found(split)) - len(files) if self.max_files is None else 0
-            for _ in range(others):
-                meter.skip("files that are no images")
+            for _, other in self._found(split) if self.max_files is None else ():
+                if other.suffix.lower() not in IMAGE_SUFFIXES:
+                    meter.note(PASSED_OVER, "files that are no images", str(other))
             for name, path in files:
                 label, folder, _ = name.partition("/")
                 if not folder:

@@ -7,6 +7,7 @@ import keyword
 import tokenize
 from collections.abc import Iterator
 
+from recipes.data.changes import DROPPED, PASSED_OVER
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import StdlibSource, held_out_files
 
@@ -39,13 +40,13 @@ class LexicalSource(StdlibSource):
             try:
                 found = list(statements(text))  # all of a file or nothing: it may turn out broken at its end
             except (SyntaxError, tokenize.TokenError):
-                meter.skip("files that do not tokenise")
+                meter.note(DROPPED, "files that do not tokenise", str(path))
                 continue
             if not found:
-                meter.skip("empty files")
+                meter.note(PASSED_OVER, "empty files", str(path))
             for line, tokens, tags in found:
                 if len(tokens) < FEWEST:
-                    meter.skip(f"lines with fewer than {FEWEST} tokens")
+                    meter.note(PASSED_OVER, f"lines with fewer than {FEWEST} tokens", f"{path}:{line}")
                 else:
                     yield Row(f"{path}:{line}", name in set_aside, {"tokens": tokens, "tags": tags})
 

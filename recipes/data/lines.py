@@ -108,8 +108,9 @@ def pairs(
         if pair[0].strip() and pair[1].strip():
             yield number, *pair
         else:
-            blank = [str(file) for file, side in zip((source, target), pair, strict=True) if not side.strip()]
-            fields.leave_out(f"{blank[0]}:{number}", None, problems, meter)
+            blank = [side for side, text in enumerate(pair) if not text.strip()]
+            without = ("source", "target")[blank[0]] if len(blank) == 1 else None
+            fields.leave_out(f"{(source, target)[blank[0]]}:{number}", without, problems, meter)
     for _ in right:  # where the last lines of `source` do not decode, those of `target` may not either
         pass
     meter.done = start + size

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from recipes.data.changes import PASSED_OVER
 from recipes.data.functions import Function, FunctionSource, clip, functions, without_imports
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import StdlibSource, held_out_row
@@ -44,7 +45,7 @@ class PackagesSource(FunctionSource):
             for function in functions(name, path, meter):
                 for content in self.contents(function):
                     if content["text"] in seen:
-                        meter.skip("functions like an earlier one")
+                        meter.note(PASSED_OVER, "functions like an earlier one", f"{path}:{function.line}")
                         continue
                     yield Row(f"{path}:{function.line}", held_out_row(len(seen), self.held_out), content)
                     seen.add(content["text"])

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,8 @@ class Packing:
     start, length: (pieces,) int64, in the order of the sequences. follows: (pieces,) bool, whether the token behind
     the piece belongs to the same document and so is the label of its last position. rows: (sequences + 1,) int64,
     first piece of each sequence. supervised: (sequences,) int64 labels that count. truncated: rows cut off at
-    `seq_length`. unsupervised: rows dropped because nothing in them is supervised.
+    `seq_length`. beyond: rows dropped because what is supervised in them comes later than that. unsupervised: rows
+    dropped because nothing in them is. first_…: the number of the first such document, -1 where there is none.
     """
 
     start: np.ndarray
@@ -69,7 +70,11 @@ class Packing:
     rows: np.ndarray
     supervised: np.ndarray
     truncated: int = 0
+    beyond: int = 0
     unsupervised: int = 0
+    first_truncated: int = -1
+    first_beyond: int = -1
+    first_unsupervised: int = -1
 
 
 def pack(tokens: Tokens, seq_length: int, mode: str, cuttable: bool) -> Packing:
@@ -80,23 +85,23 @@ def pack(tokens: Tokens, seq_length: int, mode: str, cuttable: bool) -> Packing:
     if mode == "blocks":
         start, length, follows = _cut_stream(tokens.offsets, seq_length)
         return _lay_out(tokens, start, length, follows, start // seq_length)
-    truncated = 0
     if cuttable:
         start, length, follows = _cut_documents(tokens.offsets, seq_length)
     else:
         full = np.diff(tokens.offsets)
         start, length, follows = tokens.offsets[:-1], np.minimum(full, seq_length), full > seq_length
-        truncated = int(follows.sum())
     counts = _supervised(tokens, start, length, follows)
-    useful = counts > 0
-    unsupervised = 0 if cuttable else int((~useful).sum())
+    useful, found = counts > 0, dict[str, int]()
     if not cuttable:
+        whole = _supervised(tokens, start, full, np.zeros(len(full), bool)) > 0
+        for name, those in (
+            ("truncated", follows & useful), ("beyond", whole & ~useful), ("unsupervised", ~whole & ~useful),
+        ):  # fmt: skip
+            found[name] = int(those.sum())
+            found[f"first_{name}"] = int(those.argmax()) if found[name] else -1
         start, length, follows = start[useful], length[useful], follows[useful]
     sequence = best_fit_decreasing(length, seq_length) if mode == "documents" else np.arange(len(start))
-    packing = _lay_out(tokens, start, length, follows, sequence)
-    return Packing(
-        packing.start, packing.length, packing.follows, packing.rows, packing.supervised, truncated, unsupervised
-    )
+    return replace(_lay_out(tokens, start, length, follows, sequence), **found)  # type: ignore[arg-type]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

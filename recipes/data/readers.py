@@ -205,6 +205,9 @@ def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> 
                 rule = f"two columns are called {', '.join(twice)}; only one of them would be read"
                 problems.add(Problem(f"{path}:{fed[0]}", "", rule, "a name of its own for each column"))
                 return
+        elif len(header) > 1 and [name.strip("\ufeff ") for name in fields] == [name.strip() for name in header]:
+            rule = "the header is repeated here, as in files that were put together"
+            problems.add(Problem(f"{path}:{fed[0]}", "", rule, "a file without this line"))
         elif len(fields) == len(header):
             yield fed[0], dict(zip(header, fields, strict=True))
         elif fields:  # the csv module gives an empty list for a blank line

@@ -8,6 +8,7 @@ from typing import Any
 
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import SourceConfig
+from recipes.data.changes import DROPPED, PASSED_OVER, Change
 
 MAX_PROBLEMS = 20
 """Broken lines reported at once; a file in the wrong format would otherwise report each of its lines."""
@@ -53,12 +54,28 @@ class Meter:
 
     total: int = 0
     done: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    """What was left out and how often, such as `empty rows`."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """What was left out, cut or changed, by reason, such as `empty rows`."""
 
-    def skip(self, what: str) -> None:
-        """Count something that is left out without being an error."""
-        self.skipped[what] = self.skipped.get(what, 0) + 1
+    def note(self, effect: str, what: str, where: str, length: int = 0) -> None:
+        """Count something that does not reach the model as it is, without being an error.
+
+        effect: one of those of `changes.py`. where: the row. length: of one that is too long, in tokens.
+        """
+        change = self.changes.setdefault(what, Change(what, effect, where))
+        change.count += 1
+        if length:
+            change.lengths[length] += 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Reason → how often."""
+        return {what: change.count for what, change in self.changes.items()}
+
+    @property
+    def dropped(self) -> int:
+        """Rows of which nothing is left."""
+        return sum(change.count for change in self.changes.values() if change.effect == DROPPED)
 
 
 def column_keys(source: SourceConfig) -> dict[str, str]:
@@ -99,12 +116,13 @@ class Fields:
         ]  # fmt: skip
 
     def leave_out(self, where: str, without: str | None, problems: Problems, meter: Meter) -> None:
-        """An empty row. without: the column that is blank where the others are not."""
+        """An empty row. without: the column that is blank where others are not, so that what they say is lost."""
         if self.refuse_empty:
             rule = f"nothing to learn: column '{without}' is blank" if without else "nothing to learn: it is blank"
             problems.add(Problem(where, "", rule, "mend the row, or data.empty=skip leaves such rows out, counted"))
         else:
-            meter.skip(f"rows without '{without}'" if without else "empty rows")
+            what = f"rows without '{without}'" if without else "empty rows"
+            meter.note(DROPPED if without else PASSED_OVER, what, where)
 
     def problems(self, content: dict[str, Any], where: str) -> list[Problem]:
         return (self.check or check_content)(content, where, self.columns)
@@ -169,6 +187,8 @@ def wrong_text(value: Any) -> str:
 def wrong_class(value: Any, where: str, column: str, wanted: str = "a name or a whole number") -> Problem | None:
     """What is wrong with the class of a row; None for a name or a number."""
     if isinstance(value, str | int) and not isinstance(value, bool) and not wrong_text(str(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():  # 1.0: a column of whole numbers of which some were missing
         return None
     nearest = "data.multi_label=true" if isinstance(value, list) else ""
     return Problem(where, repr(value)[:60], f"column '{column}' must be {wanted}", nearest)

@@ -16,6 +16,7 @@ from pathlib import Path
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_data import nearest_path
 from conf.schema import DataConfig, SourceConfig
+from recipes.data.changes import DROPPED, PASSED_OVER
 from recipes.data.readers import delimiter, first_columns, read_document, read_python, read_records
 from recipes.data.rows import Fields, Meter, Problems, Row, column_keys, missing_columns, text_fields
 
@@ -47,6 +48,10 @@ class Source:
     def fingerprint(self) -> str:
         """Changes whenever the content, or the way it is split, does."""
         raise NotImplementedError
+
+    def origins(self) -> list[str]:
+        """What the places of rows begin with (files, training ones first), in an order that names do not change."""
+        return []
 
     def size(self) -> int:
         """Bytes (files) or rows (hub): the total that `Meter.done` runs up to."""
@@ -95,6 +100,9 @@ class FileSource(Source):
                         digest.update(block)
         return digest.hexdigest()
 
+    def origins(self) -> list[str]:
+        return [str(path) for held_out in (False, True) for _, path in self.files(held_out)]
+
     def size(self) -> int:
         return sum(path.stat().st_size for held_out in (False, True) for _, path in self.files(held_out))
 
@@ -140,7 +148,7 @@ class DocumentSource(FileSource):
                 if text:
                     yield Row(str(path), split or name in set_aside, {"text": text})
                 elif text is not None:
-                    meter.skip("empty files")
+                    meter.note(PASSED_OVER, "empty files", str(path))
 
     def _read_file(self, path: Path, problems: Problems, meter: Meter) -> str | None:
         return read_document(path, problems)
@@ -187,7 +195,7 @@ class StdlibSource(DocumentSource):
     def _read_file(self, path: Path, problems: Problems, meter: Meter) -> str | None:
         text = read_python(path)
         if text is None:
-            meter.skip("files that do not decode")
+            meter.note(DROPPED, "files that do not decode", str(path))
         return text
 
 

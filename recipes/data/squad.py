@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, did_you_mean
+from recipes.data.changes import DROPPED
 from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _once, _TwiceError, open_bytes, read_document
 from recipes.data.rows import Meter, Problems, Row, _kind, wrong_text
 from recipes.data.sources import FileSource
@@ -136,7 +137,7 @@ def questions(
         for index, record in enumerate(asked or []):
             inside = f"{place}.qas[{index}]"
             if blank or (skip and _is_blank(record, "question")):
-                meter.skip(f"rows without '{'context' if blank else 'question'}'")
+                meter.note(DROPPED, f"rows without '{'context' if blank else 'question'}'", inside)
                 continue
             name = _text(record, "id", inside, problems)
             question = _text(record, "question", inside, problems) if isinstance(record, dict) else None
@@ -150,7 +151,7 @@ def questions(
             seen[name] = inside
             found = _answers(record, context, trained, where, inside, problems)
             if found == [] and record.get("is_impossible") is not True:
-                meter.skip("held-out questions without an answer")
+                meter.note(DROPPED, "held-out questions without an answer", where)
             elif found is not None:
                 yield where, {"id": name, "question": question, "context": context, "answers": found}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,18 @@ def test_rows_that_are_left_out_say_what_they_lack(tmp_path: Path) -> None:
     rows = [*TEXTS, {"text": "a", "label": ""}, {"text": " ", "label": 0}, {"text": "", "label": ""}]
     said = refused(config(tmp_path, TASK, rows))
     assert [f":{line}" in said for line in (25, 26, 27)] == [True] * 3 and "data.empty=skip" in said
-    recipe = prepared(config(tmp_path, TASK, rows, empty="skip"))
-    assert recipe.report["skipped"] == {"rows without 'label'": 1, "rows without 'text'": 1, "empty rows": 1}
+    assert "2 of 26 rows are dropped" in refused(config(tmp_path, TASK, rows, empty="skip"))
+    recipe = prepared(config(tmp_path, TASK, rows, empty="skip", max_dropped=0.1))
+    found = {change["what"]: (change["count"], change["first"][-3:]) for change in recipe.report["changes"]}
+    assert found == {"rows without 'label'": (1, ":25"), "rows without 'text'": (1, ":26"), "empty rows": (1, ":27")}
     pairs = [{**row, "other": "b" if n else ""} for n, row in enumerate(TEXTS)]
     assert "column 'other' is blank" in refused(config(tmp_path, TASK, pairs, pair="other"))
     tokens = [{"tokens": ["a", "b"], "tags": ["X", "Y"]}] * 8 + [{"tokens": [" ", "\t"], "tags": ["X", "Y"]}]
     assert ":9" in refused(config(tmp_path, "token_classification", tokens))
     nothing = [*TEXTS, {"text": None, "label": "pos"}, {"text": "a", "label": None}]
     assert ":25" in refused(config(tmp_path, TASK, nothing))
-    skipped = prepared(config(tmp_path, TASK, nothing, empty="skip")).report["skipped"]
-    assert skipped == {"rows without 'label'": 1, "rows without 'text'": 1}
+    changes = prepared(config(tmp_path, TASK, nothing, empty="skip", max_dropped=0.1)).report["changes"]
+    assert [change["what"] for change in changes] == ["rows without 'text'", "rows without 'label'"]
     inner = [{"translation": {"en": "a", "fr": "b"}}] * 7 + [{"translation": {"en": "a", "fra": "b"}}]
     cfg = config(tmp_path, "translation", inner, source="translation.en", target="translation.fr")
     with pytest.raises(RequestError, match=r"(?s)'translation' of this row has: en, fra.*translation\.fra"):
@@ -104,7 +107,14 @@ def test_rows_that_are_left_out_say_what_they_lack(tmp_path: Path) -> None:
 
 def test_rows_that_are_cut_are_counted(tmp_path: Path) -> None:
     rows = [{"text": "word " * (30 if n < 3 else 1), "label": "ab"[n % 2]} for n in range(16)]
-    assert "3 rows truncated to data.seq_length" in prepared(config(tmp_path, TASK, rows, seq_length=8)).said()
+    said = prepared(config(tmp_path, TASK, rows, seq_length=8)).said()
+    assert "cut: 3 rows truncated to data.seq_length (18.8% of 16 rows; data.seq_length=" in said
+    enough = re.search(r"data\.seq_length=(\d+) keeps 95% whole; first: .*:1\)", said)
+    assert enough, said
+    assert "cut:" not in prepared(config(tmp_path, TASK, rows, seq_length=int(enough[1]))).said()
+    pairs = [{"source": "word " * (30 if n < 3 else 1), "target": "word " * (30 if n == 5 else 1)} for n in range(16)]
+    said = prepared(config(tmp_path, "translation", pairs, seq_length=8)).said()
+    assert "cut: 3 sources truncated" in said and "cut: 1 targets truncated" in said
 
 
 def test_a_models_head_keeps_its_order(tmp_path: Path) -> None:
@@ -162,7 +172,7 @@ def test_rows_without_a_token_to_learn(tmp_path: Path) -> None:
     meter = Meter()
     both = [Row("x:1", held_out, {"tokens": ["alpha"], "tags": ["A"]}) for held_out in (False, True)]
     assert [len(found) for found in recipe.encode(both, Problems(), meter)] == [0, 1]
-    assert meter.skipped == {"rows whose first token is cut off": 1}
+    assert meter.counts == {"rows whose first token is cut off": 1}
 
 
 class _Nothing(dict[str, Any]):
@@ -328,7 +338,15 @@ def test_spaces_around_an_answer_are_none_of_its_tokens(tmp_path: Path) -> None:
     digits = " ".join("0123456789")
     long = {"question": "0", "context": digits, "answers": {"text": [digits], "answer_start": [0]}}
     cut = config(tmp_path, "question_answering", [long] * 12, seq_length=16, stride=2, vocab_size=257)
-    assert "whole in no window" in prepared(cut).said()
+    said = refused(cut)
+    assert "whole in no window" in said and "try: data.seq_length=" in said
+    cut.data.seq_length = int(said.rpartition("data.seq_length=")[2].partition(",")[0])
+    prepared(cut)
+    few = [{**long, "context": "0 1 2", "answers": {"text": ["1"], "answer_start": [2]}}] * 20
+    said = prepared(
+        config(tmp_path, "question_answering", [*few, long], seq_length=16, stride=2, vocab_size=257)
+    ).said()
+    assert "dropped: 1 questions whose answer is whole in no window" in said and "rows.jsonl:21" in said
 
 
 def test_questions_that_share_an_id_are_judged_apart(tmp_path: Path) -> None:

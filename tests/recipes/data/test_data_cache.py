@@ -200,17 +200,19 @@ def test_real_text_in_blocks(shared, config, tokenizer):
     assert prepared.report["sources"][0]["train"]["padding"] < 1e-3
 
 
-def test_mixture_of_rows_and_text(write, config, tokenizer):
+def test_mixture_of_rows_and_text(write, config, tokenizer, tmp_path):
     pairs = [{"q": f"question {i}", "a": f"answer {i}" * (1 + 10 * (i % 5 == 0))} for i in range(30)]
     pairs += [{"q": "long " * 50, "a": "never reached"}, {"q": "x", "a": ""}]
     mixture = [
         SourceConfig("jsonl", str(write("pairs.jsonl", pairs)), prompt="q", completion="a", weight=3.0),
         SourceConfig("jsonl", str(write("rows.jsonl", TEXTS)), weight=1.0),
     ]
-    prepared = prepare(config(mixture=mixture), tokenizer, seed=0)
+    prepared = prepare(config(mixture=mixture, max_dropped=0.1), tokenizer, seed=0)
     first, second = prepared.report["sources"]
     assert (first["weight"], second["weight"]) == (3.0, 1.0) == tuple(prepared.weights)
-    assert first["skipped"] == {"rows without 'a'": 1}
+    changes = {change["what"].partition(" within")[0]: change for change in prepared.report["changes"]}
+    assert changes["rows without 'a'"]["count"] == 1 and changes["rows without 'a'"]["of"] == 32
+    assert changes["rows in which nothing to learn comes"]["first"] == f"{tmp_path}/pairs.jsonl:31"
     assert first["train"]["without_supervision"] == 1 and first["train"]["truncated"] > 1
     counts = prepared.order().counts
     assert sum(counts) == sum(map(len, prepared.train)) and counts[0] == pytest.approx(3 * counts[1], abs=3)
@@ -257,6 +259,9 @@ def test_too_few_documents(write, config, tokenizer):
 def test_nothing_supervised_within_the_sequence(write, config, tokenizer):
     rows = [{"q": "long " * 50, "a": "x"}] * 4
     data = config(kind="jsonl", path=str(write("rows.jsonl", rows)), prompt="q", completion="a")
+    message = refused(data, tokenizer)
+    assert "4 of 4 rows are dropped" in message and "data.seq_length=" in message
+    data.max_dropped = 1.0
     message = refused(data, tokenizer)
     assert "train split has a supervised token" in message and "held-out split" in message
 

@@ -23,7 +23,7 @@ def read(data):
     rows = list(source(data).read(problems, meter))
     problems.raise_any()
     assert meter.done == source(data).size()
-    return rows, meter.skipped
+    return rows, meter.counts
 
 
 def refused(data) -> str:

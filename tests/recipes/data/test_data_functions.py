@@ -70,7 +70,7 @@ def read(kind: type[Source], config, max_files: int | None = 24, held_out: float
     assert source.check() == []
     rows = list(source.read(problems, meter))
     problems.raise_any()
-    assert meter.done == source.size() and set(meter.skipped) <= {"functions like an earlier one"}
+    assert meter.done == source.size() and set(meter.counts) <= {"functions like an earlier one"}
     return [row for row in rows if not row.held_out], [row for row in rows if row.held_out]
 
 
@@ -108,7 +108,7 @@ def test_files_that_do_not_parse_are_counted(tmp_path):
         path = tmp_path / f"{name}.py"
         path.write_bytes(data)
         assert list(functions(path.name, path, meter)) == []
-    assert meter.skipped == {"files that do not parse": 3, "files that do not decode": 1}
+    assert meter.counts == {"files that do not parse": 3, "files that do not decode": 1}
 
 
 def test_clip_keeps_whole_lines():

@@ -19,7 +19,7 @@ def read(data):
     problems, meter = Problems(), Meter()
     rows = list(LexicalSource(data, "data", data.held_out, data.max_files).read(problems, meter))
     problems.raise_any()
-    return rows, meter.skipped
+    return rows, meter.counts
 
 
 def tagged(text: str) -> list[list[tuple[str, str]]]:

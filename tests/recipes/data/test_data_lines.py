@@ -59,7 +59,7 @@ def test_multi30k(shared, config):
     assert checked(data) == ""
     meter = Meter()
     train, held_out = read(data, meter)
-    assert (len(train), len(held_out)) == (29_000, 1_014) and not meter.skipped
+    assert (len(train), len(held_out)) == (29_000, 1_014) and not meter.counts
     assert meter.done == source(data).size() == sum(path.stat().st_size for path in paths.values())
     lines = {side: gzip.decompress(path.read_bytes()).decode().split("\n") for side, path in paths.items()}
     assert texts(train) == list(zip(lines["path"][:-1], lines["target_path"][:-1], strict=True))
@@ -100,7 +100,7 @@ def test_pairs_with_an_empty_side_are_counted(aligned):
     meter = Meter()
     train, held_out = read(aligned("a\n\nc\n d\n\ne\n", "1\n2\n \n4\n\n5\n"), meter)
     assert sorted(texts(held_out + train)) == [(" d", "4"), ("a", "1"), ("e", "5")]
-    assert meter.skipped == {"empty rows": 3}
+    assert meter.counts == {"rows without 'source'": 1, "rows without 'target'": 1, "empty rows": 1}
 
 
 def test_folders_are_paired_file_by_file(write, config, tmp_path):

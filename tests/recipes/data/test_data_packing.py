@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -95,8 +96,17 @@ def test_supervised_rows_are_truncated_but_not_continued(lengths, seq_length, mo
         for token in tokens.ids[start : min(end, start + seq_length + 1)]
     }
     assert sorted(labels) == sorted(expected_labels(tokens) & reach)
-    assert packing.truncated == sum(length > seq_length for length in lengths)
-    assert len(packing.start) == len(lengths) - packing.unsupervised
+    documents = [tokens.supervised[a + 1 : b] for a, b in itertools.pairwise(tokens.offsets)]
+    useful = [bool(document[:seq_length].any()) for document in documents]
+    kinds = [
+        ("truncated", [kept and len(document) >= seq_length for kept, document in zip(useful, documents, strict=True)]),
+        ("beyond", [not kept and bool(document.any()) for kept, document in zip(useful, documents, strict=True)]),
+        ("unsupervised", [not document.any() for document in documents]),
+    ]
+    for name, those in kinds:
+        found = getattr(packing, name), getattr(packing, f"first_{name}")
+        assert found == (sum(those), those.index(True) if any(those) else -1), name
+    assert len(packing.start) == sum(useful)
 
 
 @settings(max_examples=50, deadline=None)
