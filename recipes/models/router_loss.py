@@ -51,7 +51,7 @@ class RouterLoss:
 
     def __init__(self, model: PreTrainedModel, ranks: RankGroup | None):
         """ranks: those that share each sequence. Made after the engine has put its own hooks on the model."""
-        self.coefficient = coefficient(model.config)
+        self.coefficient = coefficient(model.config.get_text_config())
         self._experts: int = model.num_experts  # type: ignore[assignment]
         self._chosen: int = model.num_experts_per_tok  # type: ignore[assignment]
         self._ranks = ranks
