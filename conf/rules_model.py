@@ -159,6 +159,9 @@ def set_elsewhere(cfg: Config, layout: Layout, env: Environment) -> Iterator[Pro
             yield Problem(
                 f"model.config.{key}", str(value), "special tokens are those of the tokenizer", "leave it out"
             )
+        elif key in ("num_labels", "id2label", "label2id", "problem_type"):
+            rule = "the classes of a model, and what its loss is, follow from the task and its data"
+            yield Problem(f"model.config.{key}", shown(value), rule, "leave it out (data.labels=[…], data.multi_label)")
         elif key == "use_cache":
             yield Problem(
                 "model.config.use_cache", str(value), "training has no cache, exported models do", "leave it out"

@@ -128,6 +128,14 @@ class Recipe(ABC):
     def loss(self, model: Callable[..., Any], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sum (not mean) of the loss over the supervised targets of a micro-batch, a scalar in fp32."""
 
+    def balances_routers(self) -> bool:
+        """Whether the load-balancing loss of a mixture's routers counts (`recipes.models.router_loss`)."""
+        return False
+
+    def rows(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """((B, S) which places of a micro-batch hold real tokens, (B,) supervised targets of each row)."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows of tokens")
+
     def evaluate(self, model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
         """(`loss`, what `predictions` needs) of a held-out micro-batch; arrays of (B, …), on the host."""
         return self.loss(model, batch), {}

@@ -139,7 +139,24 @@ class CausalLM(Recipe):
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         names = ("input_ids", "position_ids", "attention_mask")
-        return {**{name: batch[name] for name in names if name in batch}, "use_cache": False}
+        given = {**{name: batch[name] for name in names if name in batch}, "use_cache": False}
+        # The routers are listened to, whole or in parts: what the family's own forward would make of them goes unused.
+        return {**given, "output_router_logits": False} if self.balances_routers() else given
+
+    @functools.cached_property
+    def _balances_routers(self) -> bool:
+        from recipes.models.router_loss import asked_for
+
+        # A finished model may be of a family whose routers are not known to come out right.
+        return not self.finished and asked_for(self.model_config().get_text_config())
+
+    def balances_routers(self) -> bool:
+        return self._balances_routers
+
+    def rows(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        from recipes.models.loss import IGNORE
+
+        return batch["attended"], (batch["labels"] != IGNORE).sum(dim=1)
 
     def loss(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._loss(model, self.inputs(batch), batch["labels"], batch.get(PICKED))

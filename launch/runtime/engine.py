@@ -29,6 +29,7 @@ from launch.runtime.schedule import lr_factor
 from launch.runtime.topology import topology
 from recipes.base import PICKED, Prediction, Recipe
 from recipes.models.loss import IGNORE
+from recipes.models.router_loss import RouterLoss, listening
 from recipes.models.sequence_parallel import SequenceParallel
 from recipes.models.tensor_parallel import join
 
@@ -69,6 +70,8 @@ class StepResult:
     bubble: float | None = None
     padding: float = 0.0
     """Share of the token places of all micro-batches that hold padding."""
+    router_aux_loss: float | None = None
+    """The routers' load-balancing loss, without its coefficient; None where it does not count."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class Engine:
             mpu=self.topology.grid,
             dist_init_required=False,
         )
+        self._listen(RouterLoss(self.module, self.topology.sequence) if recipe.balances_routers() else None)
         self.before_change: Callable[[], None] = lambda: None
         """Called before each update; who reads the state from another thread has it wait."""
         self.doing = ""
@@ -151,6 +155,10 @@ class Engine:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         if device.type == "cpu":
             memory_stays()
+
+    def _listen(self, router: RouterLoss | None) -> None:
+        """Let the routers' loss count, if there is one."""
+        self.router = router
 
     def _wrap(self) -> nn.Module:
         """What DeepSpeed is given."""
@@ -218,9 +226,9 @@ class Engine:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most.item()
 
-    def _sum_losses(self, loss: torch.Tensor) -> float:
-        """The loss of the whole batch: ranks that have the same tokens count once."""
-        return self._sum(loss if self.topology.counts else torch.zeros_like(loss))[0]
+    def _sum_losses(self, *losses: torch.Tensor) -> list[float]:
+        """Losses of the whole batch: ranks that have the same tokens count once."""
+        return self._sum(*(loss if self.topology.counts else torch.zeros_like(loss) for loss in losses))
 
     def _sum_counts(self, *counts: int) -> list[float]:
         """Counts of the whole batch, from what each rank read: whole sequences."""
@@ -244,16 +252,18 @@ class Engine:
             raise NonFiniteError("no target in the whole global batch is supervised: its mean loss does not exist")
         lr = self.ds.get_lr()[0]
         norm: float | None = None
-        total = 0.0
+        total = balance = 0.0
         self._bad, self._norm, self._verdict = None, None, verdict
         self._loss_scale = self._unapplied_scale()  # the step may change it, after it has measured the norm
 
-        def before_update(loss: torch.Tensor) -> None:
-            nonlocal norm, total
-            total = self._sum_losses(loss)
+        def before_update(loss: torch.Tensor, router_loss: torch.Tensor) -> None:
+            nonlocal norm, total, balance
+            total, balance = self._sum_losses(loss, router_loss)
             if not np.isfinite(total):
                 where = "" if torch.isfinite(loss) else " (on this rank)"
                 self._bad = NonFiniteError(f"loss is {total}{where}")
+            elif not np.isfinite(balance):
+                self._bad = NonFiniteError(f"the routers' loss is {balance}")
             elif problem := verdict(total / supervised, None):
                 self._bad = BadStepError(problem)
             if inspect is not None:
@@ -286,6 +296,7 @@ class Engine:
             applied,
             self._bubble(),
             1 - tokens / places,
+            None if self.router is None else balance / supervised,
         )
 
     _verdict: Verdict
@@ -326,22 +337,37 @@ class Engine:
         return None
 
     def _run(
-        self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
+        self,
+        micro_batches: Sequence[NumpyBatch],
+        scale: float,
+        before_update: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
-        """All micro-batches and the update; `before_update` gets this rank's summed loss in between."""
+        """All micro-batches and the update; `before_update` gets this rank's summed losses in between: that of the
+        targets and that of the routers (`RouterLoss.loss`)."""
         scale *= self._loss_scale
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro_batches):
+            tensors = self._tensors(batch)
             self.doing = "the forward pass"
-            partial = self.recipe.loss(self.ds, self._tensors(batch))
-            loss += partial.detach()
+            with listening(self.router) as logits:
+                partial = self.recipe.loss(self.ds, tensors)
+            balance = self._router_loss(logits, tensors)
+            losses += torch.stack([partial.detach(), balance.detach()])
+            if self.router is not None:
+                partial = partial + balance * self.router.coefficient
             self.doing = "the backward pass"
             self.ds.backward(partial * scale, scale_wrt_gas=False)
             if index < len(micro_batches) - 1:
                 self.ds.step()  # counts the micro-batch; the update waits for the last one
-        before_update(loss)
+        before_update(losses[0], losses[1])
         self.doing = "the update"
         self.ds.step()
+
+    def _router_loss(self, logits: list[torch.Tensor], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.router is None:
+            return torch.zeros((), device=self.device)
+        real, supervised = self.recipe.rows(batch)
+        return self.router.loss(self.router.sums(logits, real), supervised)
 
     @property
     def _is_plain(self) -> bool:
@@ -366,24 +392,25 @@ class Engine:
         """Metrics over all ranks' micro-batches, and on rank 0 the predictions. All ranks have equally many."""
         self.ds.eval()
         self.doing = "a forward pass without gradients"
-        loss, supervised = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        losses, supervised = torch.zeros(2, dtype=torch.float64, device=self.device), 0
         mine: list[Prediction] = []
         for batches in self._evaluated(micro_batches):
             partial, outputs = self._eval_outputs(batches)
-            loss += partial
+            losses += partial
             supervised += sum(self.recipe.count(batch)[0] for batch in batches)
             if self._counts_rows:
                 for batch, found in zip(batches, outputs, strict=True):
                     mine += self.recipe.predictions(batch, found)
         self.ds.train()
         self.doing = ""
-        total, rows = self._sum_losses(loss), self._sum_counts(supervised)[0]
+        (total, balance), rows = self._sum_losses(losses[0], losses[1]), self._sum_counts(supervised)[0]
         predictions = sorted(self._gathered(mine), key=lambda prediction: prediction["id"])
         if dist.get_rank() == 0:
             predictions = self.recipe.merged(predictions)
         answers: list[Any] = [None]
         if dist.get_rank() == 0:
-            answers = [self.recipe.metrics(total / max(1.0, rows), int(rows), predictions)]
+            metrics = self.recipe.metrics(total / max(1.0, rows), int(rows), predictions)
+            answers = [metrics | ({} if self.router is None else {"router_aux_loss": balance / max(1.0, rows)})]
         if self.layout.world > 1:
             dist.broadcast_object_list(answers, src=0, device=self.device)
         return Evaluation(answers[0], predictions)
@@ -407,10 +434,16 @@ class Engine:
             yield [batch]
 
     def _eval_outputs(self, batches: list[NumpyBatch]) -> tuple[torch.Tensor, list[Outputs]]:
-        """(summed loss, what the recipe keeps of the outputs) of micro-batches on this rank."""
+        """(summed losses as in `_run`, what the recipe keeps of the outputs) of micro-batches on this rank."""
+        losses, kept = torch.zeros(2, dtype=torch.float64, device=self.device), []
         with torch.no_grad():
-            found = [self.recipe.evaluate(self.ds, self._tensors(batch)) for batch in batches]
-        return sum((loss for loss, _ in found), torch.zeros((), device=self.device)), [kept for _, kept in found]
+            for batch in batches:
+                tensors = self._tensors(batch)
+                with listening(self.router) as logits:
+                    loss, outputs = self.recipe.evaluate(self.ds, tensors)
+                losses += torch.stack([loss, self._router_loss(logits, tensors)])
+                kept.append(outputs)
+        return losses, kept
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole gradient in fp32) of each parameter of this rank's stage.

@@ -194,7 +194,8 @@ def run(
         row |= {"samples": samples, "tokens_per_s": result.tokens / seconds if result is not None else None}
         row |= {"padding": round(result.padding, 4) if result is not None else None, "step_s": seconds}
         row |= {"peak_memory_bytes": engine.peak_memory_bytes()}
-        row |= {} if result is None or result.bubble is None else {"bubble": result.bubble}
+        optional = {"router_aux_loss": result.router_aux_loss, "bubble": result.bubble} if result is not None else {}
+        row |= {name: value for name, value in optional.items() if value is not None}
         write(row | ({} if result is not None and result.applied else {"skipped": True}))
 
     def answer_to(error: BadStepError, batch: int) -> None:

@@ -22,6 +22,7 @@ from conf.batch import Layout
 from launch.planner.schedule import Instruction
 from launch.runtime.topology import Topology
 from recipes.base import Recipe
+from recipes.models.router_loss import RouterLoss, listening
 from recipes.models.stages import Stage, is_tied
 
 Tensors = dict[str, torch.Tensor]
@@ -39,6 +40,9 @@ class StageModule(nn.Module):
         self._recipe = recipe
         self.outputs: list[dict[str, np.ndarray]] = []
         """What the recipe kept of each held-out micro-batch since `start`; on the last stage."""
+        self.router: RouterLoss | None = None
+        self.router_losses: list[torch.Tensor] = []
+        """The routers' summed loss of each micro-batch since `start`, without its coefficient; on the last stage."""
         self._batches: Sequence[Tensors] = ()
         self._next = 0
         self._scale = 1.0
@@ -46,20 +50,43 @@ class StageModule(nn.Module):
     def start(self, batches: Sequence[Tensors], scale: float) -> None:
         """The micro-batches that the next forward passes take in turn; every schedule goes through them in order."""
         self._batches, self._next, self._scale, self.outputs = batches, 0, scale, []
+        self.router_losses = []
 
     def forward(self, received: torch.Tensor) -> torch.Tensor:
         batch = self._batches[self._next]
         self._next += 1
-        self.stage.receive(None if self.stage.first else received)
-        with self.stage.alone():
+        hidden, sums = None if self.stage.first else received, None
+        if self.router is not None and hidden is not None:
+            hidden, sums = self.router.detach(hidden)
+        self.stage.receive(hidden)
+        with self.stage.alone(), listening(self.router) as logits:
             if not self.stage.last:
-                # A convolution leaves its output in another order of memory, which gloo does not send.
-                return self.stage.forward(**self._recipe.inputs(batch)).contiguous()
-            if torch.is_grad_enabled():
-                return self._recipe.loss(self.model, batch) * self._scale
-            loss, outputs = self._recipe.evaluate(self.model, batch)
-            self.outputs.append(outputs)
-            return loss
+                leaving = self.stage.forward(**self._recipe.inputs(batch))
+            elif torch.is_grad_enabled():
+                leaving = self._recipe.loss(self.model, batch)
+            else:
+                leaving, outputs = self._recipe.evaluate(self.model, batch)
+                self.outputs.append(outputs)
+        if self.router is not None:
+            leaving = self._with_routers(self.router, leaving, logits, sums, batch)
+        if self.stage.last:
+            return leaving * self._scale
+        # A convolution leaves its output in another order of memory, which gloo does not send.
+        return leaving.contiguous()
+
+    def _with_routers(
+        self, router: RouterLoss, leaving: torch.Tensor, logits: list[torch.Tensor], sums: torch.Tensor | None,
+        batch: Tensors,
+    ) -> torch.Tensor:  # fmt: skip
+        """What leaves the stage, with what its routers said behind it or, on the last one, their loss on top."""
+        real, supervised = self._recipe.rows(batch)
+        own = router.sums(logits, real)
+        sums = own if sums is None else sums + own
+        if not self.stage.last:
+            return router.attach(leaving, sums)
+        balance = router.loss(sums, supervised)
+        self.router_losses.append(balance.detach())
+        return leaving + balance * router.coefficient
 
 
 class Stages(PipelineModule):
@@ -82,6 +109,15 @@ class Stages(PipelineModule):
     def outputs(self) -> list[dict[str, np.ndarray]]:
         """What the recipe kept of the held-out micro-batches since `start`."""
         return [outputs for module in self._own() for outputs in module.outputs]
+
+    def router_losses(self) -> list[torch.Tensor]:
+        """The routers' loss of each micro-batch since `start`, without its coefficient; empty where none counts."""
+        return [loss for module in self._own() for loss in module.router_losses]
+
+    def listen(self, router: RouterLoss | None) -> None:
+        """Let the routers' loss count, from now on."""
+        for module in self._own():
+            module.router = router
 
     def _own(self) -> list[StageModule]:
         return [module for module in self.children() if isinstance(module, StageModule)]

@@ -15,6 +15,7 @@ from conf.schema import Config
 from launch.runtime.engine import Engine, NumpyBatch, Outputs, persistent_buffers
 from launch.runtime.pipeline import Clock, StageModule, Stages, StagesInV, nothing, watch
 from recipes.base import Recipe
+from recipes.models.router_loss import RouterLoss
 
 
 class StagedEngine(Engine):
@@ -31,8 +32,15 @@ class StagedEngine(Engine):
         """Whether the pipeline leads out and back: two stages on each rank."""
         return len(self._built) > 1
 
+    def _listen(self, router: RouterLoss | None) -> None:
+        super()._listen(router)
+        self._stages.listen(router)
+
     def _run(
-        self, micro_batches: Sequence[NumpyBatch], scale: float, before_update: Callable[[torch.Tensor], None]
+        self,
+        micro_batches: Sequence[NumpyBatch],
+        scale: float,
+        before_update: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
         if self._clock is None:
             self._clock = Clock(self.device)
@@ -41,16 +49,21 @@ class StagedEngine(Engine):
         micro_batches = self._of_one_width(micro_batches)
         # The engine divides by the accumulation; the last stage's loss is scaled up by it.
         self._stages.start([self._tensors(batch) for batch in micro_batches], scale * self.accumulation)
-        self._before_update = lambda: before_update(self._partial(scale * self.accumulation))
+        self._before_update = lambda: before_update(*self._partial(self.ds.fwd_outputs, scale * self.accumulation))
         self._clock.reset()
         self.doing = "a pass through the stages"
         self._expect(micro_batches[0])
         self.ds.train_batch(nothing())
 
-    def _partial(self, scale: float) -> torch.Tensor:
-        if not self.topology.has_loss:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack(self.ds.fwd_outputs).double().sum() / scale
+    def _partial(self, outputs: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+        """(2,): this rank's summed losses, of the targets and of the routers, from those of the micro-batches."""
+        losses = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.topology.has_loss:
+            losses[0] = torch.stack([*outputs]).double().sum() / scale
+        if self.topology.has_loss and self.router is not None:
+            losses[1] = torch.stack(self._stages.router_losses()[: len(outputs)]).double().sum()
+            losses[0] -= losses[1] * self.router.coefficient
+        return losses
 
     _clock: Clock | None = None
     _before_update: Callable[[], None]
@@ -84,9 +97,8 @@ class StagedEngine(Engine):
         tensors = [self._tensors(batch) for batch in [*batches, *[batches[-1]] * missing]]
         self._stages.start(tensors, 1.0)
         losses = self.ds.eval_batch(nothing(), reduce_output=None, bcast_loss=False, num_micro_batches=len(tensors))
-        if not self.topology.has_loss:
-            return torch.zeros((), dtype=torch.float64, device=self.device), []
-        return torch.stack(losses[: len(batches)]).double().sum(), self._stages.outputs()[: len(batches)]
+        kept = self._stages.outputs()[: len(batches)] if self.topology.has_loss else []
+        return self._partial(losses[: len(batches)] if self.topology.has_loss else [], 1.0), kept
 
     def tensors(self) -> dict[str, int]:
         return {name: size for name, (size, _) in self._all_tensors().items()}

@@ -106,6 +106,7 @@ def check_network(network: PreTrainedModel, cfg: Config, trained: bool = True) -
     """What keeps a model (whole, on the meta device) from being divided and trained as asked."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    from recipes.models import own_losses
     from recipes.models.layouts import problems
 
     found, family = problems(network, cfg.parallel), network.config.model_type
@@ -119,6 +120,8 @@ def check_network(network: PreTrainedModel, cfg: Config, trained: bool = True) -
         nearest = f"{key}=0" if cfg.model.path is None else "model.dropout=0 (or what its other dropouts are to be)"
         rule = f"{family} leaves out layers at random, each rank others"
         found.append(Problem(key, shown(getattr(network.config, name)), rule, nearest))
+    known = {problem.key for problem in found}
+    found += [one for one in own_losses.problems(network, cfg) if one.key not in known] if trained else []
     if not any(isinstance(module, GradientCheckpointingLayer) for module in network.modules()):
         for key, value, none in (
             ("activation_checkpointing", cfg.train.activation_checkpointing, 0), ("compile", cfg.train.compile, False),

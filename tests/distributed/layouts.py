@@ -100,11 +100,18 @@ def train(rank: int, world: int, cases: list[Case], steps: int = STEPS) -> list[
 
             result = engine.train_step(training_batches(step, place.data, recipe, cfg, layout), inspect)
             shown = {name: g for name, g in gradients.items() if g is not None}
-            rows.append((result.loss, result.grad_norm, shown))
-        held_out = engine.evaluate(held_out_batches(place.data, recipe, cfg, layout)).metrics["loss"]
+            rows.append((with_routers(engine, result.loss, result.router_aux_loss), result.grad_norm, shown))
+        metrics = engine.evaluate(held_out_batches(place.data, recipe, cfg, layout)).metrics
+        held_out = with_routers(engine, metrics["loss"], metrics.get("router_aux_loss"))
         results.append((rows, held_out))
         engine.ds.destroy()
     return results
+
+
+def with_routers(engine: Any, loss: float, router_aux_loss: float | None) -> float:
+    """What is minimised: the loss, and the routers' where it counts."""
+    assert (router_aux_loss is None) == (engine.router is None)
+    return loss if router_aux_loss is None else loss + router_aux_loss * engine.router.coefficient
 
 
 @functools.cache
@@ -121,7 +128,9 @@ def reference(model: str, packed: bool, steps: int = STEPS) -> tuple[list[Any], 
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
 
     def loss_of(rows: list[dict]) -> torch.Tensor:
-        if not packed:  # of unequal lengths: one by one, without any padding
+        if not packed or network.config.to_dict().get("output_router_logits"):
+            # One by one: rows of unequal lengths have no padding then, and transformers' own function of the routers
+            # sees one row.
             supervised = sum(int((row["labels"] != -100).sum()) for row in rows)
             return sum((summed(row) for row in rows), torch.zeros(())) / supervised
         ids, labels, positions = (
@@ -131,8 +140,14 @@ def reference(model: str, packed: bool, steps: int = STEPS) -> tuple[list[Any], 
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def summed(row: dict) -> torch.Tensor:
-        logits = network(input_ids=torch.tensor(row["input_ids"])[None], use_cache=False).logits[0]
-        return torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"]), reduction="sum")
+        positions = torch.tensor(row["position_ids"])[None] if packed else None
+        out = network(input_ids=torch.tensor(row["input_ids"])[None], position_ids=positions, use_cache=False)
+        labels = torch.tensor(row["labels"])
+        loss = torch.nn.functional.cross_entropy(out.logits[0], labels, reduction="sum")
+        if (balance := getattr(out, "aux_loss", None)) is None:
+            return loss
+        factor = getattr(network, "router_aux_loss_coef", None) or network.aux_loss_coef
+        return loss + factor * balance * (labels != -100).sum()
 
     done = []
     for step in range(steps):
