@@ -2,8 +2,8 @@
 
     python benchmarks/threads.py [spins=default,0,3000,30000] [turns=5] [out=FILE]
 
-Each job is one process with as many threads as the machine has cores, as a run on one rank has. `default` leaves libgomp
-to itself. Times are medians over the turns, which go through all settings one after the other.
+Each job is one process with as many threads as the machine has cores, as a run on one rank has. `default` leaves
+libgomp to itself. Times are medians over the turns, which go through all settings one after the other.
 """
 
 from __future__ import annotations
