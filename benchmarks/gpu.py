@@ -6,7 +6,7 @@ For one GPU of 80 GB or more; needs no network. Each sub-step has a process of i
 are in FOLDER/gpu.jsonl as soon as there are any: whatever ends this loses one sub-step at most. Another start with the
 same FOLDER leaves out what is done at this commit on this device. FOLDER/gpu.md has the tables (`minutes=0` makes them
 again), gpu.log what the sub-steps printed. The last line says what was not reached. `device=cpu size=tiny` rehearses
-all of it. Exit code 1 when a sub-step failed.
+each sub-step on a tiny model, repetitions aside. Exit code 1 when a sub-step failed.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def checked(argv: list[str]) -> tuple[Path, dict[str, str], list[SubStep]]:
         problems.append(problem)
     if problems:
         raise RequestError(problems)
-    return out, options, chosen(words)
+    return out, options, chosen(words, options["size"] == "tiny")
 
 
 def _device(options: dict[str, str]) -> Problem | None:

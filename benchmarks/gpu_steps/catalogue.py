@@ -11,12 +11,14 @@ from typing import Any
 
 LOOPS = ("by_hand", "trainer", "ours")
 ROUNDS = (1, 2)
+LENGTHS = (2048, 4096)
 
 
 @dataclass(frozen=True)
 class SubStep:
     """call: `module:function` below benchmarks.gpu_steps, called with `arguments`. limit_s: of wall time, once its
-    imports are done. beside: runs while the others do, and those that name it in `after` wait for it."""
+    imports are done. beside: runs while the others do, and those that name it in `after` wait for it. repeats: another
+    one does the same with other sizes, so that a rehearsal leaves it out."""
 
     step: str
     name: str
@@ -24,6 +26,7 @@ class SubStep:
     limit_s: float
     arguments: dict[str, Any] = field(default_factory=dict)
     beside: bool = False
+    repeats: bool = False
     after: str = ""
 
     @property
@@ -38,7 +41,9 @@ def _contest(length: int) -> list[SubStep]:
         order = LOOPS[number - 1 :] + LOOPS[: number - 1]
         for loop in order:
             arguments = {"loop": loop, "length": length, "number": number}
-            found.append(SubStep("c", f"{length}.{loop}.{number}", "throughput:turn", 75, arguments))
+            repeats = number > 1 or length > LENGTHS[0]
+            name = f"{length}.{loop}.{number}"
+            found.append(SubStep("c", name, "throughput:turn", 75, arguments, repeats=repeats))
     return found
 
 
@@ -52,7 +57,7 @@ SUB_STEPS: tuple[SubStep, ...] = (
     SubStep("b", "fp32", "gradients:compared", 60, {"precision": "fp32"}),
     SubStep("b", "bf16", "gradients:compared", 60, {"precision": "bf16"}),
     SubStep("b", "fp16", "gradients:compared", 60, {"precision": "fp16"}),
-    *_contest(2048),
+    *_contest(LENGTHS[0]),
     SubStep("g", "quickstart", "commands:quickstart", 120),
     SubStep("h", "killed", "commands:killed", 120),
     _changed("packed_sdpa"),
@@ -64,7 +69,7 @@ SUB_STEPS: tuple[SubStep, ...] = (
     _changed("liger_loss"),
     _changed("engine_adam", 120, "f.kernels"),
     SubStep("e", "requests", "memory:requests", 100),
-    *_contest(4096),
+    *_contest(LENGTHS[1]),
     SubStep("f", "offload", "costs:offload", 120, after="f.kernels"),
     SubStep("b", "compile", "gradients:compared", 90, {"precision": "fp32", "compiled": True}),
     _changed("compile", 120),
@@ -73,6 +78,11 @@ SUB_STEPS: tuple[SubStep, ...] = (
 )  # fmt: skip
 
 
-def chosen(words: list[str]) -> list[SubStep]:
-    """Those whose letter, name or beginning of a name (`c.2048`) is among the words; all without any."""
-    return [s for s in SUB_STEPS if not words or any(s.key == w or s.key.startswith(f"{w}.") for w in words)]
+def chosen(words: list[str], rehearsal: bool = False) -> list[SubStep]:
+    """Those whose letter, name or beginning of a name (`c.2048`) is among the words; without any all.
+
+    rehearsal: without those that repeat another one, unless they are named.
+    """
+    if not words:
+        return [s for s in SUB_STEPS if not (rehearsal and s.repeats)]
+    return [s for s in SUB_STEPS if any(s.key == word or s.key.startswith(f"{word}.") for word in words)]

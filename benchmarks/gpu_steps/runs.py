@@ -122,6 +122,13 @@ def prepared(context: Context, *overrides: str) -> Run:
     The device is the context's. On a CPU fp16 is let through: it is slow there, and right.
     """
     processes.set_environment(processes.ranks_from_environment(), context.device)
+    # Loaded before this one's turn, and only now: the engine settles on an accelerator when it is.
+    import transformers
+
+    import launch.runtime.loop
+    import launch.runtime.staged
+
+    _ = launch.runtime.loop, launch.runtime.staged, transformers.Trainer
     if context.tiny:
         kept = [word for word in overrides if not word.startswith("model.config.")]
         overrides = (*kept, *TINY)
