@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     from launch.runtime import processes
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import held_out_batches
-    from launch.runtime.out_of_memory import DeviceMemoryError, Phase, explained, is_out_of_memory
+    from launch.runtime.out_of_memory import DeviceMemoryError, Phase, explaining
     from launch.runtime.session import prepare
     from launch.runtime.staged import make_engine
     from recipes.base import Recipe
@@ -88,16 +88,13 @@ def main(argv: list[str]) -> int:
         device, phase = processes.join(ranks, request.device, cfg.train.threads), Phase()
         alone = True
         try:
-            phase.doing = "building the model"
-            engine = phase.engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, request.device), device, 1)
-            phase.doing = "the evaluation"
-            evaluation = engine.evaluate(held_out_batches(layout.place(ranks.rank).data, recipe, cfg, layout))
-            torch.distributed.barrier()
+            with explaining(phase, request, recipe, device):
+                phase.doing, engine_config = "building the model", ds_config(cfg, layout, request.device)
+                engine = phase.engine = make_engine(recipe, cfg, layout, engine_config, device, 1)
+                phase.doing = "the evaluation"
+                evaluation = engine.evaluate(held_out_batches(layout.place(ranks.rank).data, recipe, cfg, layout))
+                torch.distributed.barrier()
             alone = False
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise explained(error, phase, request, recipe, device) from error
-            raise
         finally:
             processes.leave(broken=alone)
     except RequestError as error:

@@ -72,6 +72,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def explaining(phase: Phase, request: Request, recipe: Recipe, device: Any) -> Iterator[None]:
+    """A lack of memory inside the block ends it with DeviceMemoryError, which says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise explained(error, phase, request, recipe, device) from error
+        raise
+
+
 def explained(error: BaseException, phase: Phase, request: Request, recipe: Recipe, device: Any) -> DeviceMemoryError:
     """The error that says what to do. Predicting takes some seconds; what cannot be predicted is left out."""
     capacity, state = memory_of(device)

@@ -83,7 +83,7 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
     """
     from launch.runtime.caretaker import too_late
     from launch.runtime.interruption import InterruptedRunError, Wishes
-    from launch.runtime.out_of_memory import Phase, explained, is_out_of_memory
+    from launch.runtime.out_of_memory import Phase, explaining
 
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     processes.set_environment(ranks, request.device)
@@ -113,16 +113,15 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
         launcher, phase = parents.Launcher() if parents.LAUNCHED else None, Phase()
         alone = True
         try:
-            with Watchdog(run_dir.logs, ranks.rank, layout.world, cfg.faults.stall_s, complain, launcher) as watchdog:
+            with (
+                explaining(phase, request, recipe, device),
+                Watchdog(run_dir.logs, ranks.rank, layout.world, cfg.faults.stall_s, complain, launcher) as watchdog,
+            ):
                 summary = _train(request, recipe, steps, run_dir, device, terminal, wishes, watchdog, phase)
             alone = False
             return summary
         except InterruptedRunError:
             alone = False
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise explained(error, phase, request, recipe, device) from error
             raise
         finally:
             processes.leave(broken=alone)

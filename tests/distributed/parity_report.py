@@ -3,11 +3,14 @@
 # ruff: noqa: E402 - started as a script, it first puts the suite on sys.path
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
+
+os.environ["TESTS_THOROUGH"] = "1"  # all combinations, of which `make test` takes half
 
 import conftest  # noqa: F401 - the suite's settings: CPU, one thread
 import numpy as np
