@@ -124,6 +124,10 @@ class DataConfig(SourceConfig):
     """The same for `eval_path`."""
     image: str | None = None
     """Column with the image (hub); null: `image`."""
+    image_size: int | None = None
+    """Pixels along each side that images are given for a new model whose configuration has no `image_size`
+    (convolutional networks: bit, resnet, regnet). null: as the configuration, or the image processor of a pretrained
+    model, says."""
     features: list[str] = field(default_factory=list)
     """Columns with numbers (regression); empty: a text."""
     labels: list[str] | None = None

@@ -30,7 +30,7 @@ class ImageClassification(Supervised):
         "images": "recipes.data.images:ImageFolderSource",
         "hub": "recipes.data.hub:HubSource",
     }
-    KEYS = ("image", "label", "labels", "target_path", "eval_target_path")
+    KEYS = ("image", "image_size", "label", "labels", "target_path", "eval_target_path")
     ARRAYS = {"pixels": "uint8", "labels": "int32"}  # noqa: RUF012
     UNUSED = (*Supervised.UNUSED, *NO_TEXT)
     METRICS = {"loss": "min", "accuracy": "max", "macro_f1": "max", "mcc": "max"}  # noqa: RUF012
@@ -63,7 +63,8 @@ class ImageClassification(Supervised):
         """Raises RequestError where nothing says how large images are."""
         if not hasattr(self, "_images"):
             path = str(self.cfg.model.path or self.cfg.model.type)
-            self._images = ImageProcessor.of_model(self._folder, self.model_config(), path)
+            size = self.cfg.data.image_size
+            self._images = ImageProcessor.of_model(self._folder, self.model_config(), path, size)
         return self._images
 
     def ready(self, root: Path, source: Any, fingerprint: str, progress: Any) -> list[str]:
@@ -124,7 +125,8 @@ class ImageClassification(Supervised):
 
         path = self.cfg.model.path
         source = path and (package_folder(path) or path)
-        return ImageProcessor.of_model(source, config, path or str(self.cfg.model.type)).shape
+        size = self.cfg.data.image_size
+        return ImageProcessor.of_model(source, config, path or str(self.cfg.model.type), size).shape
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}

@@ -37,16 +37,20 @@ class ImageProcessor:
         self.shape = self._looked_at(path)
 
     @classmethod
-    def of_model(cls, source: Path | str | None, config: Any, path: str) -> ImageProcessor:
+    def of_model(cls, source: Path | str | None, config: Any, path: str, asked: int | None = None) -> ImageProcessor:
         """That of a pretrained model, or one which only resizes to the configuration's `image_size`.
 
-        source: the pretrained model's folder or hub name. Raises RequestError where the folder has none, or the
-        configuration does not say how large images are.
+        source: the pretrained model's folder or hub name. asked: `data.image_size`, pixels along each side.
+        Raises RequestError where the folder has none, nothing says how large images are, or `asked` would have no
+        effect.
         """
         from transformers import AutoImageProcessor, ViTImageProcessorPil
 
         channels = getattr(config, "num_channels", 3)
         if source is not None:
+            if asked is not None:
+                rule = f"a pretrained model's own {FILE} says how large its images are"
+                raise RequestError(Problem("data.image_size", str(asked), rule, "data.image_size=null"))
             if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in FILES):
                 rule = f"there is no {FILE} beside it: which values its images had is not known"
                 raise RequestError(Problem("model.path", path, rule, f"a folder with the model's {FILE}"))
@@ -58,9 +62,15 @@ class ImageProcessor:
                 raise RequestError(Problem("model.path", path, rule, "another model")) from None
             return cls(whole, channels, path)
         size = getattr(config, "image_size", None)
+        if size is not None and asked is not None:
+            nearest = f"model.config.image_size={asked} data.image_size=null"
+            raise RequestError(Problem("data.image_size", str(asked), f"{path} has an image_size of its own", nearest))
+        size = asked if size is None else size
         if size is None:
-            rule = "its configuration (image_size) does not say how large images are"
-            raise RequestError(Problem("model.type", path, rule, "model.config.image_size=224, or another family"))
+            rule = f"{path} takes images of any size, and nothing says which"
+            raise RequestError(Problem("data.image_size", "null", rule, "data.image_size=224"))
+        if isinstance(size, int) and size < 1:
+            raise RequestError(Problem("data.image_size", str(size), "pixels, at least 1", "data.image_size=28"))
         height, width = (size, size) if isinstance(size, int) else size
         mean, std = [MEAN] * channels, [STD] * channels
         return cls(ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=mean, image_std=std),
