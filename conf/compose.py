@@ -29,7 +29,10 @@ __all__ = ["compose", "hydra_passthrough", "list_recipes", "recipe_listing", "to
 
 ConfigStore.instance().store(name="config_schema", node=Config)
 
-OF_ROWS = ("seq_length", "vocab_size", "held_out", "packing", "bucketing", "overlong", "empty", "stride", "cache_dir")
+OF_ROWS = (
+    "seq_length", "image_size", "vocab_size", "held_out", "packing", "bucketing", "overlong", "empty", "stride",
+    "max_dropped", "cache_dir",
+)  # fmt: skip
 """Keys of `data` that say what is done with rows, whatever source they come from."""
 
 

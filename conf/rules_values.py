@@ -57,6 +57,7 @@ RANGES: dict[str, Range] = {
     "seed": Range(0, 2**32 - 1),
     "model.dropout": Range(0, 0.999999),
     "data.seq_length": Range(2),
+    "data.image_size": Range(1),
     "data.vocab_size": Range(260),
     "data.held_out": Range(0, 1, open=True),
     "data.max_files": Range(2),

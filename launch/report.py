@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
         return 0
     run_dirs, out = read_arguments(argv)
     runs = gather(run_dirs)
-    table = Table("run", "steps", "training loss", "held-out loss", "perplexity", "tokens/s (median)")
+    table = Table("run", "steps", "training loss", "held-out loss", "perplexity", "throughput (median)")
     for column in table.columns[1:]:
         column.justify = "right"
     for run in runs:
@@ -83,8 +82,8 @@ def row_of(run: RunMetrics) -> tuple[str, ...]:
         str(run.steps[-1]["step"]) if run.steps else "0",
         f"{run.steps[-1]['loss']:.4f}" if run.steps else "-",
         f"{last['loss']:.4f}{_behind(run)}" if last else "-",
-        f"{last.get('perplexity', math.exp(min(last['loss'], 700.0))):,.1f}" if last else "-",
-        f"{statistics.median(speeds):,.0f}" if speeds else "-",
+        f"{last['perplexity']:,.1f}" if last and "perplexity" in last else "-",
+        f"{statistics.median(speeds):,.0f} {run.unit}/s" if speeds else "-",
     )
 
 

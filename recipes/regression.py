@@ -11,6 +11,7 @@ import numpy as np
 
 from conf.errors import Problem
 from conf.schema import Config
+from recipes import counted
 from recipes.base import Prediction
 from recipes.data.examples import Example
 from recipes.data.numbers import read_number
@@ -214,7 +215,7 @@ class TextRegression(TextTask, _Numbers):
 
 def choose(cfg: Config) -> _Numbers:
     """Numbers where columns of numbers are named, a text otherwise."""
-    return NumberRegression(cfg) if cfg.data.features or cfg.data.kind == "line" else TextRegression(cfg)
+    return NumberRegression(cfg) if counted(cfg) == "rows" else TextRegression(cfg)
 
 
 recipe = choose

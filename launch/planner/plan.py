@@ -20,6 +20,7 @@ from launch.planner.schedule import (
     simulated_bubble,
     simulated_in_flight,
 )
+from recipes import counted
 
 
 def make_plan(
@@ -63,6 +64,7 @@ def make_plan(
             "precision": cfg.precision.name,
         },
         "tokens_per_step": tokens,
+        "unit": counted(cfg),
         "flops_per_step": flops_per_row(shape) * (cfg.batch.global_size or 0),
         "bytes_per_rank": worst["bytes_per_rank"],
         "bytes_sent_per_rank_and_step": busiest["bytes_sent_per_rank_and_step"],

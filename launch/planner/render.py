@@ -38,7 +38,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("batch", plan["batch"]["line"]),
         ("parameters", f"{model['parameters']:,} in {model['layers']} layers, {model['precision']}{_shares(model)}"),
         (
-            "rows per step" if plan["tokens_per_step"] == plan["batch"]["global_size"] else "tokens per step",
+            f"{plan['unit']} per step",
             f"{plan['tokens_per_step']:,}",
         ),
         ("arithmetic per step", human_flops(plan["flops_per_step"])),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
+from recipes import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +20,10 @@ Row = dict[str, Any]
 # Okabe & Ito 2008: distinguishable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PANELS = (
-    ("loss", "loss (nats per token)"),
+    ("loss", "loss, mean over targets"),
     ("lr", "learning rate"),
     ("grad_norm", "gradient norm before clipping"),
-    ("tokens_per_s", "throughput (tokens/s)"),
+    ("tokens_per_s", "throughput"),
 )
 MANY_STEPS = 200
 """From this many steps on, the loss is drawn smoothed over a faint line of the raw one."""
@@ -30,11 +31,12 @@ MANY_STEPS = 200
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """Rows of one run: of its optimizer steps, and of its evaluations."""
+    """Rows of one run: of its optimizer steps, and of its evaluations. unit: what `tokens` of a row counts."""
 
     name: str
     steps: list[Row]
     held_out: list[Row]
+    unit: str = "tokens"
 
 
 def read_metrics(run_dir: Path) -> RunMetrics:
@@ -67,7 +69,17 @@ def read_metrics(run_dir: Path) -> RunMetrics:
             raise RequestError(Problem(f"{file}:{number}", "", rule, "remove the line")) from None
     if not steps and not held_out:
         raise RequestError(Problem("RUN_DIR", str(run_dir), "metrics.jsonl has no rows: the run made no step"))
-    return RunMetrics(run_dir.resolve().name, steps, held_out)
+    return RunMetrics(run_dir.resolve().name, steps, held_out, _unit(run_dir / "config.yaml"))
+
+
+def _unit(config: Path) -> str:
+    """`recipes.counted` of a run's own configuration; a folder with metrics alone is taken for one of texts."""
+    from omegaconf import OmegaConf
+
+    try:
+        return counted(OmegaConf.load(config))
+    except Exception:  # not there, not YAML, or not of a run: whatever a person has made of it
+        return "tokens"
 
 
 def plot_loss(run_dir: Path) -> Path:
@@ -99,7 +111,8 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> Path:
                     rows = [row for row in run.steps if row.get(key) is not None]
                     axes.plot([row["step"] for row in rows], [row[key] for row in rows], color=colour, linewidth=1.2)
             if key != "loss":
-                axes.set_ylabel(title)
+                units = " or ".join(dict.fromkeys(f"{run.unit}/s" for run in runs))
+                axes.set_ylabel(f"{title} ({units})" if key == "tokens_per_s" else title)
                 axes.set_ylim(bottom=0)  # after all runs are drawn: it ends the automatic scaling
             axes.set_xlabel("optimizer step")
             axes.set_xlim(left=0)
@@ -121,7 +134,7 @@ def _loss(axes: Axes, run: RunMetrics, colour: str, label: str, held_out_colour:
         axes.plot(
             *points, "o", color=held_out_colour, markeredgecolor="white", markersize=6, label=held_out_label, zorder=3
         )
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(PANELS[0][1])
     axes.set_xlabel("optimizer step")
 
 

@@ -22,7 +22,7 @@ from launch.runtime.metrics import TRACKERS, MetricsLog
 from launch.runtime.request import Request
 from launch.runtime.run_dir import RunDir
 from launch.runtime.watchdog import Watchdog
-from recipes import recipe_class
+from recipes import counted, recipe_class
 from recipes.base import Prediction, Recipe
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _train(
         run_dir.write_json("ds_config.json", engine_config)
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
     metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, progress.step, terminal.say) if first else None
-    bar = Bar(terminal, "training", steps)
+    bar, unit = Bar(terminal, "training", steps), counted(cfg)
 
     def beat(doing: str) -> None:
         phase.doing = doing
@@ -191,7 +191,7 @@ def _train(
         if "split" in row:
             terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
         elif row["loss"] is not None:
-            bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s")
+            bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} {unit}/s")
 
     def bad_step(row: loop.Row) -> None:
         terminal.say(f"step {row['step']}: {row['what']}; samples {row['samples']}: {row['action']}")
@@ -254,6 +254,7 @@ def _train(
         "name": cfg.name,
         "steps": outcome.step,
         "tokens": outcome.tokens,
+        "unit": unit,
         "train_s": round(time.perf_counter() - started, 1),
         "world_size": layout.world,
         "held_out_before": outcome.first,
@@ -388,7 +389,7 @@ def _closing(summary: dict[str, Any], loss_png: Path) -> str:
     lines = [
         "",
         f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{_others(after)}"
-        f"   ({summary['tokens']:,} tokens in {summary['train_s']:.0f} s)",
+        f"   ({summary['tokens']:,} {summary['unit']} in {summary['train_s']:.0f} s)",
         f"curve  {loss_png}",
         f"model  {summary['model']}" + (f"   (of step {kept}, the best)" if kept != summary["steps"] else ""),
     ]

@@ -69,8 +69,6 @@ class ImageProcessor:
         if size is None:
             rule = f"{path} takes images of any size, and nothing says which"
             raise RequestError(Problem("data.image_size", "null", rule, "data.image_size=224"))
-        if isinstance(size, int) and size < 1:
-            raise RequestError(Problem("data.image_size", str(size), "pixels, at least 1", "data.image_size=28"))
         height, width = (size, size) if isinstance(size, int) else size
         mean, std = [MEAN] * channels, [STD] * channels
         return cls(ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=mean, image_std=std),

@@ -45,6 +45,7 @@ ENCODERS: dict[str, tuple[str, ...]] = {
         ("bert", "camembert", "convnext", "distilbert", "electra", "modernbert", "roberta", "vit", "xlm-roberta"),
         ("tensor", "pipeline", "tensor and pipeline"),
     ),
+    "bit": ("pipeline",),
     **dict.fromkeys(("albert", "deberta", "deberta-v2", "mpnet"), ("tensor",)),
 }
 """Encoders and the axes along which their classifiers' gradients were found right (tests/distributed/test_encoders.py).

@@ -68,6 +68,7 @@ PIPELINE_PLANS: dict[str, PipelinePlan] = {
     "modernbert": PipelinePlan(("embeddings",), "layers", ("final_norm",)),
     "vit": PipelinePlan(("embeddings",), "layers", ("layernorm", "pooler")),
     "convnext": PipelinePlan(("embeddings",), "encoder.stages", ("layernorm",), shrink=4),
+    "bit": PipelinePlan(("embedder",), "encoder.stages", ("norm",), shrink=4),
 }  # fmt: skip
 """Families that transformers 5.23 ships no pipeline plan for, by `model_type`."""
 

@@ -42,6 +42,21 @@ def test_one_image_for_several_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "5.2500" in printed and f"{math.exp(5.25):.1f}" in printed and "2,001" in printed
 
 
+def test_what_a_run_counts_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images of a classifier, rows of a regression over columns, tokens of all that reads text."""
+    for name, config in (
+        ("images", "{task: image_classification, data: {kind: idx, features: []}}"),
+        ("rows", "{task: regression, data: {kind: csv, features: [a]}}"),
+        ("tokens", "{task: regression, data: {kind: csv, features: []}}"),
+    ):
+        run = write_run(tmp_path / name)
+        (run / "config.yaml").write_text(config)
+        assert read_metrics(run).unit == name
+        assert row_of(read_metrics(run))[-1] == f"1,001 {name}/s"
+    assert main([str(tmp_path / "images"), f"out={tmp_path / 'out.png'}"]) == 0
+    assert "images/s" in capsys.readouterr().out
+
+
 def test_the_loss_of_one_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert plot_loss(run) == run / "loss.png"

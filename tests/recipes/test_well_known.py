@@ -100,6 +100,7 @@ def test_mnist(prepared: Any, tmp_path: Path) -> None:
     assert recipe.labels == [str(digit) for digit in range(10)]
     batch = recipe.collate([recipe.train.row(0)], 2)
     assert batch["pixel_values"].shape == (2, 1, 28, 28)
+    assert recipe.row_shape(recipe.model_config()) == (1, 28, 28), "what the plan counts"
 
 
 def test_images_of_the_hub(prepared: Any, tmp_path: Path) -> None:

@@ -94,3 +94,17 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, settings: Any, config: A
     with pytest.raises(RequestError) as refused:
         ImageProcessor.of_model(tmp_path, config, "some/model")
     assert expected in str(refused.value) and "some/model" in str(refused.value)
+
+
+def test_the_size_for_a_family_whose_configuration_has_none() -> None:
+    """BiT takes images of any size: `data.image_size` says which, and has no effect nowhere else."""
+    bit, vit = SimpleNamespace(num_channels=1), SimpleNamespace(image_size=8, num_channels=1)
+    assert ImageProcessor.of_model(None, bit, "bit", 28).shape == (1, 28, 28)
+    for source, config, asked, says in (
+        (None, bit, None, "data.image_size=null: bit takes images of any size"),
+        (None, vit, 9, "model.config.image_size=9 data.image_size=null"),
+        ("some/folder", bit, 28, "data.image_size=28"),
+    ):
+        with pytest.raises(RequestError) as refused:
+            ImageProcessor.of_model(source, config, "bit" if config is bit else "vit", asked)
+        assert says in str(refused.value), str(refused.value)
