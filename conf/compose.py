@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.batch import Layout, resolve_batch
+from conf.changes import Change, apply
 from conf.environment import Environment, detect
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.hydra_flags import passthrough
@@ -93,39 +93,56 @@ def _description(text: str) -> str:
     return found.group(1) if found else ""
 
 
+OWN = {"model": "type", "data": "kind", "optimizer": "name", "scheduler": "name", "precision": "name", "zero": "stage"}
+"""Group → the key of it that says what the choice is."""
+
+
 def _give_way(read: Overrides) -> None:
     """Take back what the recipe set for its own choice, where the user chose another one.
 
     `train.steps` replaces a recipe's epochs and the other way round; another optimizer than the recipe's comes with its
     own learning rate; held-out data of one's own replaces a share of the rows. `data=` brings a source with columns and
-    labels of its own; a pretrained model brings its configuration and vocabulary, another family its own sizes.
+    labels of its own; a pretrained model brings its configuration and vocabulary, another family its own sizes. A
+    choice is what it is, also where the recipe's own keys make another one of the recipe's choice.
+
+    All of it stands before the user's own changes, which so win over it, whatever form they are written in.
     """
-    brought: dict[str, str] = {}
+    given = {key: value for key, value in read.given().items() if value is not None}
+    brought: dict[str, Any] = {}
     chosen = {group: choice_file(group, name) for group, name in read.choices.items()}
     recipe = chosen["recipe"]
-    data = recipe.get("data", {})
+    data, model = recipe.get("data") or {}, recipe.get("model") or {}
     defaults = {**defaults_of(choice_file("", "config")), **defaults_of(recipe)}
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
-        if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
-            brought[f"train.{theirs}"] = "null"
-    if "held_out" in data and {"data.eval_path", "data.eval_split"} & read.values.keys():
-        brought["data.held_out"] = str(DataConfig.held_out)
+        if f"train.{mine}" in given and theirs in (recipe.get("train") or {}):
+            brought[f"train.{theirs}"] = None
+    if "held_out" in data and {"data.eval_path", "data.eval_split"} & given.keys():
+        brought["data.held_out"] = DataConfig.held_out
+    for group, key in OWN.items():
+        if group in chosen and key in (recipe.get(group) or {}) and key in chosen[group]:
+            brought[f"{group}.{key}"] = chosen[group][key]
     if "optimizer" in chosen and read.choices["optimizer"] != defaults["optimizer"]:
-        brought["optimizer.lr"] = str(chosen["optimizer"]["lr"])
+        brought["optimizer.lr"] = chosen["optimizer"]["lr"]
     if "data" in chosen:
         plain = {**asdict(DataConfig()), **chosen["data"]}
-        brought |= {f"data.{key}": json.dumps(plain[key]) for key in data if key not in OF_ROWS}
+        brought |= {f"data.{key}": plain[key] for key in data if key not in OF_ROWS}
+    foreign: set[str] = set()
+    preset = chosen.get("model") or choice_file("model", defaults["model"])
+    own, sizes = model.get("config") or {}, preset.get("config") or {}
+    family = preset.get("type") if "model" in chosen else model.get("type", preset.get("type"))
+    if family != preset.get("type"):  # the recipe's own body names another family than the preset it began with
+        foreign |= sizes.keys() - own.keys()
     if read.choices.get("model") == "pretrained":
-        own = recipe.get("model", {}).get("config", {})
-        read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
+        foreign |= own.keys()
         if "vocab_size" in data:
-            brought["data.vocab_size"] = "null"
-    elif "model.type" in read.values:
-        preset = chosen.get("model") or choice_file("model", defaults["model"])
-        if preset.get("type") != read.values["model.type"].strip("'\""):
-            own = {**preset.get("config", {}), **recipe.get("model", {}).get("config", {})}
-            read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
-    read.values = {**brought, **read.values}
+            brought["data.vocab_size"] = None
+    elif given.get("model.type", family) != family:
+        foreign |= sizes.keys() | own.keys()
+    taken = [Change(("model", "config", name), takes_out=True, if_there=True) for name in sorted(foreign)]
+    own_keys = {one.key for one in taken}
+    mine_again = [replace(one, if_there=one.if_there or one.key in own_keys) for one in read.changes]
+    set_back = [Change(tuple(key.split(".")), value) for key, value in brought.items()]
+    read.changes = [*set_back, *taken, *mine_again]
 
 
 def defaults_of(file: dict[str, Any]) -> dict[str, Any]:
@@ -152,8 +169,12 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
     """Hydra's composition of the sound overrides, or the reason why there is none."""
     try:
         with initialize_config_dir(str(CONF_DIR), job_name="deepspeed_recipes", version_base="1.3"):
-            tree = hydra_compose("config", overrides=read.for_hydra())
-        return OmegaConf.to_object(tree), []  # type: ignore[return-value]
+            tree = OmegaConf.to_container(hydra_compose("config", overrides=read.for_hydra()))
+        assert isinstance(tree, dict)
+        apply(tree, read.changes)  # type: ignore[arg-type]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)), []  # type: ignore[return-value]
+    except RequestError as error:
+        return None, error.problems
     except (HydraException, OmegaConfBaseException) as error:
         if problem := _in_a_file(str(error)):
             return None, [problem]
