@@ -130,7 +130,9 @@ def _give_way(read: Overrides) -> None:
     preset = chosen.get("model") or choice_file("model", defaults["model"])
     own, sizes = model.get("config") or {}, preset.get("config") or {}
     family = preset.get("type") if "model" in chosen else model.get("type", preset.get("type"))
-    if family != preset.get("type"):  # the recipe's own body names another family than the preset it began with
+    if "model" in chosen and model.get("type") not in (None, family):
+        foreign |= own.keys()
+    elif family != preset.get("type"):  # the recipe's own body names another family than the preset it began with
         foreign |= sizes.keys() - own.keys()
     if read.choices.get("model") == "pretrained":
         foreign |= own.keys()
@@ -155,9 +157,13 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says."""
     file = CONF_DIR / group / f"{name}.yaml"
     try:
-        return yaml.safe_load(file.read_text()) or {}
+        content = yaml.safe_load(file.read_text()) or {}
     except yaml.MarkedYAMLError as error:
         raise RequestError(_not_yaml(file, error)) from None
+    if not isinstance(content, dict):
+        rule = f"must be a mapping, key: value, not a {type(content).__name__}"
+        raise RequestError(Problem(f"conf/{file.relative_to(CONF_DIR)}", "", rule))
+    return content
 
 
 def _not_yaml(file: Path, error: yaml.MarkedYAMLError) -> Problem:
@@ -180,20 +186,23 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
             return None, [problem]
         key = getattr(error, "full_key", None) or "the overrides"
         return None, [Problem(str(key), "", str(error).splitlines()[0])]
-    except yaml.MarkedYAMLError:
-        for file in sorted(CONF_DIR.rglob("*.yaml")):  # the error does not know which one
-            try:
-                yaml.safe_load(file.read_text())
-            except yaml.MarkedYAMLError as error:
-                return None, [_not_yaml(file, error)]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        if mark is not None and Path(mark.name).is_file():  # a key twice, which only OmegaConf's loader refuses
+            return None, [_not_yaml(Path(mark.name), error)]
+        for file in sorted(CONF_DIR.rglob("*.yaml")):  # others do not know their file
+            choice_file(str(file.parent.relative_to(CONF_DIR)), file.stem)
         raise
 
 
 def _in_a_file(message: str) -> Problem | None:
-    """A key of one of the files in `conf/` that the schema does not have, from what Hydra says of it."""
+    """A key of one of the files in `conf/` that is not as the schema has it, from what Hydra says of it."""
     file, key = re.search(r"In '([^']+)'", message), re.search(r"full_key: (\S+)", message)
-    if file is None or key is None or "not in" not in message:
+    if file is None or key is None:
         return None
+    if "not in" not in message:
+        reason = message.splitlines()[1] if "\n" in message else message
+        return Problem(f"conf/{file.group(1)}.yaml: {key.group(1)}", "", reason)
     section, _, name = key.group(1).rpartition(".")
     known = asdict(Config()) if not section else asdict(Config()).get(section, {})
     near = did_you_mean(name, known) if isinstance(known, dict) else ""
