@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import Problem
+from recipes import hub
 from recipes.base import Prediction
 from recipes.data.changes import CHANGED
 from recipes.data.examples import Example
@@ -93,7 +94,7 @@ class ImageClassification(Supervised):
 
         channels, height, width = self._processor.shape
         with torch.device("meta"):
-            network = self.hf_class().from_config(self.model_config())
+            network = hub.new_model(self.hf_class(), self.model_config())
             try:
                 network(pixel_values=torch.zeros(1, channels, height, width))
             except ValueError as error:  # families that take one size only
@@ -124,7 +125,8 @@ class ImageClassification(Supervised):
 
         path = self.cfg.model.path
         source = path and (package_folder(path) or path)
-        return ImageProcessor.of_model(source, config, path or str(self.cfg.model.type)).shape
+        revision = self.cfg.model.revision
+        return ImageProcessor.of_model(source, config, path or str(self.cfg.model.type), revision).shape
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}
