@@ -79,6 +79,11 @@ class HubSource(Source):
         try:
             return hub.dataset(self.name, self.config.subset, split, revision=self.config.revision)
         except (ConnectionError, FileNotFoundError, OSError) as error:
+            if (revision := self.config.revision) and "revision" in _first_line(error).lower():
+                rule = f"this data set has no such branch, tag or commit ({_first_line(error)})"
+                raise RequestError(
+                    Problem(f"{self.key}.revision", revision, rule, f"{self.key}.revision=null")
+                ) from error
             rule = f"this data set was not found, neither on the hub nor in the cache ({_first_line(error)})"
             raise RequestError(Problem(f"{self.key}.name", self.name, rule, OFFLINE)) from error
         except ValueError as error:
