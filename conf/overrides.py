@@ -160,6 +160,9 @@ class _Reader:
                 f"+recipe={recipe}" if recipe else "",
             )
             return
+        if text.lstrip().startswith("{"):
+            self.problem(key, text, "a mapping is written {key: value, …}, or in JSON; this one cannot be read")
+            return
         quoted = text.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
         self.problem(key, text, "this value needs quotes inside the shell's own", f"\"{key}='{quoted}'\"")
 

@@ -125,6 +125,7 @@ def test_without_a_recipe_they_are_listed():
         ("~model.config.hidden_sise", "~model.config.hidden_sise", "~model.config.hidden_size"),
         ("~model.config.hidden_size=256", "~model.config.hidden_size", "~model.config.hidden_size"),
         ("~model", "~model", ""),
+        ("batch={micro_size: 2", "batch", ""),
         ("model.config={}", "model.config", "~model.config takes all of its keys out"),
         ("model={config: {}}", "model.config", "~model.config takes all of its keys out"),
         ("model.config=${data}", "model.config", ""),
