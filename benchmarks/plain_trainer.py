@@ -33,6 +33,7 @@ from datasets import Dataset
 from benchmarks.report import run
 from conf.compose import compose
 from conf.schema import Config
+from recipes import hub
 from recipes.data.sources import held_out_row
 from recipes.models.configuration import set_dropout
 from recipes.models.pretrained import package_folder
@@ -67,7 +68,7 @@ def accuracy(found: Any) -> dict[str, float]:
 
 def sequence_classification(cfg: Config) -> Task:
     """As transformers' run_classification.py: a tab-separated file, accuracy."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained_folder(cfg))
+    tokenizer = hub.tokenizer(pretrained_folder(cfg))
 
     def rows(path: str) -> Dataset:
         with open(path, newline="") as file:
@@ -84,7 +85,7 @@ def token_classification(cfg: Config) -> Task:
     """As transformers' run_ner.py: words and tags, the first piece of a word is labelled, seqeval's F1."""
     from seqeval.metrics import f1_score
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained_folder(cfg))
+    tokenizer = hub.tokenizer(pretrained_folder(cfg))
 
     def read(path: str) -> list[tuple[list[str], list[str]]]:
         lines = (line.split("\t") for line in Path(path).read_text().split("\n"))
@@ -125,7 +126,7 @@ def token_classification(cfg: Config) -> Task:
 
 def question_answering(cfg: Config) -> Task:
     """As transformers' run_qa.py: overlapping windows, the best of 20 × 20 starts and ends, SQuAD's F1."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained_folder(cfg))
+    tokenizer = hub.tokenizer(pretrained_folder(cfg))
     articles = json.loads(Path(str(cfg.data.path)).read_text())["data"]
     cut = len(articles) - round(cfg.data.held_out * len(articles))
 
@@ -285,11 +286,11 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     if cfg.model.path:
         folder = pretrained_folder(cfg)
-        config = set_dropout(transformers.AutoConfig.from_pretrained(folder, **task.options), cfg.model.dropout)
-        model = task.auto.from_pretrained(folder, config=config)
+        config = set_dropout(hub.config(folder, **task.options), cfg.model.dropout)
+        model = hub.model(task.auto, folder, config=config)
     else:
         config = transformers.AutoConfig.for_model(cfg.model.type, **{**cfg.model.config, **task.options})
-        model = task.auto.from_config(set_dropout(config, cfg.model.dropout))
+        model = hub.new_model(task.auto, set_dropout(config, cfg.model.dropout))
     loop = task.trainer(model, arguments, task.collator, task.train, task.held_out, compute_metrics=task.metrics)
     started = time.perf_counter()
     loop.train()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.batch import Layout, resolve_batch
+from conf.changes import Change, apply
 from conf.environment import Environment, detect
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.hydra_flags import passthrough
@@ -96,39 +96,58 @@ def _description(text: str) -> str:
     return found.group(1) if found else ""
 
 
+OWN = {"model": "type", "data": "kind", "optimizer": "name", "scheduler": "name", "precision": "name", "zero": "stage"}
+"""Group → the key of it that says what the choice is."""
+
+
 def _give_way(read: Overrides) -> None:
     """Take back what the recipe set for its own choice, where the user chose another one.
 
     `train.steps` replaces a recipe's epochs and the other way round; another optimizer than the recipe's comes with its
     own learning rate; held-out data of one's own replaces a share of the rows. `data=` brings a source with columns and
-    labels of its own; a pretrained model brings its configuration and vocabulary, another family its own sizes.
+    labels of its own; a pretrained model brings its configuration and vocabulary, another family its own sizes. A
+    choice is what it is, also where the recipe's own keys make another one of the recipe's choice.
+
+    All of it stands before the user's own changes, which so win over it, whatever form they are written in.
     """
-    brought: dict[str, str] = {}
+    given = {key: value for key, value in read.given().items() if value is not None}
+    brought: dict[str, Any] = {}
     chosen = {group: choice_file(group, name) for group, name in read.choices.items()}
     recipe = chosen["recipe"]
-    data = recipe.get("data", {})
+    data, model = recipe.get("data") or {}, recipe.get("model") or {}
     defaults = {**defaults_of(choice_file("", "config")), **defaults_of(recipe)}
     for mine, theirs in (("steps", "epochs"), ("epochs", "steps")):
-        if f"train.{mine}" in read.values and theirs in recipe.get("train", {}):
-            brought[f"train.{theirs}"] = "null"
-    if "held_out" in data and {"data.eval_path", "data.eval_split"} & read.values.keys():
-        brought["data.held_out"] = str(DataConfig.held_out)
+        if f"train.{mine}" in given and theirs in (recipe.get("train") or {}):
+            brought[f"train.{theirs}"] = None
+    if "held_out" in data and {"data.eval_path", "data.eval_split"} & given.keys():
+        brought["data.held_out"] = DataConfig.held_out
+    for group, key in OWN.items():
+        if group in chosen and key in (recipe.get(group) or {}) and key in chosen[group]:
+            brought[f"{group}.{key}"] = chosen[group][key]
     if "optimizer" in chosen and read.choices["optimizer"] != defaults["optimizer"]:
-        brought["optimizer.lr"] = str(chosen["optimizer"]["lr"])
+        brought["optimizer.lr"] = chosen["optimizer"]["lr"]
     if "data" in chosen:
         plain = {**asdict(DataConfig()), **chosen["data"]}
-        brought |= {f"data.{key}": json.dumps(plain[key]) for key in data if key not in OF_ROWS}
+        brought |= {f"data.{key}": plain[key] for key in data if key not in OF_ROWS}
+    foreign: set[str] = set()
+    preset = chosen.get("model") or choice_file("model", defaults["model"])
+    own, sizes = model.get("config") or {}, preset.get("config") or {}
+    family = preset.get("type") if "model" in chosen else model.get("type", preset.get("type"))
+    if "model" in chosen and model.get("type") not in (None, family):
+        foreign |= own.keys()
+    elif family != preset.get("type"):  # the recipe's own body names another family than the preset it began with
+        foreign |= sizes.keys() - own.keys()
     if read.choices.get("model") == "pretrained":
-        own = recipe.get("model", {}).get("config", {})
-        read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
+        foreign |= own.keys()
         if "vocab_size" in data:
-            brought["data.vocab_size"] = "null"
-    elif "model.type" in read.values:
-        preset = chosen.get("model") or choice_file("model", defaults["model"])
-        if preset.get("type") != read.values["model.type"].strip("'\""):
-            own = {**preset.get("config", {}), **recipe.get("model", {}).get("config", {})}
-            read.removed += [key for name in own if (key := f"model.config.{name}") not in read.values]
-    read.values = {**brought, **read.values}
+            brought["data.vocab_size"] = None
+    elif given.get("model.type", family) != family:
+        foreign |= sizes.keys() | own.keys()
+    taken = [Change(("model", "config", name), takes_out=True, if_there=True) for name in sorted(foreign)]
+    own_keys = {one.key for one in taken}
+    mine_again = [replace(one, if_there=one.if_there or one.key in own_keys) for one in read.changes]
+    set_back = [Change(tuple(key.split(".")), value) for key, value in brought.items()]
+    read.changes = [*set_back, *taken, *mine_again]
 
 
 def defaults_of(file: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +160,13 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says."""
     file = CONF_DIR / group / f"{name}.yaml"
     try:
-        return yaml.safe_load(file.read_text()) or {}
+        content = yaml.safe_load(file.read_text()) or {}
     except yaml.MarkedYAMLError as error:
         raise RequestError(_not_yaml(file, error)) from None
+    if not isinstance(content, dict):
+        rule = f"must be a mapping, key: value, not a {type(content).__name__}"
+        raise RequestError(Problem(f"conf/{file.relative_to(CONF_DIR)}", "", rule))
+    return content
 
 
 def _not_yaml(file: Path, error: yaml.MarkedYAMLError) -> Problem:
@@ -155,27 +178,34 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
     """Hydra's composition of the sound overrides, or the reason why there is none."""
     try:
         with initialize_config_dir(str(CONF_DIR), job_name="deepspeed_recipes", version_base="1.3"):
-            tree = hydra_compose("config", overrides=read.for_hydra())
-        return OmegaConf.to_object(tree), []  # type: ignore[return-value]
+            tree = OmegaConf.to_container(hydra_compose("config", overrides=read.for_hydra()))
+        assert isinstance(tree, dict)
+        apply(tree, read.changes)  # type: ignore[arg-type]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)), []  # type: ignore[return-value]
+    except RequestError as error:
+        return None, error.problems
     except (HydraException, OmegaConfBaseException) as error:
         if problem := _in_a_file(str(error)):
             return None, [problem]
         key = getattr(error, "full_key", None) or "the overrides"
         return None, [Problem(str(key), "", str(error).splitlines()[0])]
-    except yaml.MarkedYAMLError:
-        for file in sorted(CONF_DIR.rglob("*.yaml")):  # the error does not know which one
-            try:
-                yaml.safe_load(file.read_text())
-            except yaml.MarkedYAMLError as error:
-                return None, [_not_yaml(file, error)]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        if mark is not None and Path(mark.name).is_file():  # a key twice, which only OmegaConf's loader refuses
+            return None, [_not_yaml(Path(mark.name), error)]
+        for file in sorted(CONF_DIR.rglob("*.yaml")):  # others do not know their file
+            choice_file(str(file.parent.relative_to(CONF_DIR)), file.stem)
         raise
 
 
 def _in_a_file(message: str) -> Problem | None:
-    """A key of one of the files in `conf/` that the schema does not have, from what Hydra says of it."""
+    """A key of one of the files in `conf/` that is not as the schema has it, from what Hydra says of it."""
     file, key = re.search(r"In '([^']+)'", message), re.search(r"full_key: (\S+)", message)
-    if file is None or key is None or "not in" not in message:
+    if file is None or key is None:
         return None
+    if "not in" not in message:
+        reason = message.splitlines()[1] if "\n" in message else message
+        return Problem(f"conf/{file.group(1)}.yaml: {key.group(1)}", "", reason)
     section, _, name = key.group(1).rpartition(".")
     known = asdict(Config()) if not section else asdict(Config()).get(section, {})
     near = did_you_mean(name, known) if isinstance(known, dict) else ""

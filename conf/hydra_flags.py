@@ -80,7 +80,7 @@ def _for_hydra(argv: list[str], asked: argparse.Namespace) -> list[str]:
     if asked.shell_completion:
         return argv
     kept = [argument for argument in argv if argument not in asked.overrides]
-    return kept + ([] if asked.help or asked.hydra_help else read_overrides(asked.overrides).for_hydra())
+    return kept + ([] if asked.help or asked.hydra_help else read_overrides(asked.overrides).spelled_out())
 
 
 def _hydra_main(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from conf.changes import Change, asked, changes_of, name_of
 from conf.errors import Problem, did_you_mean
 from conf.schema import Config, SourceConfig
 
@@ -68,22 +70,26 @@ class Overrides:
 
     choices: dict[str, str] = field(default_factory=dict)
     """Group → choice (`recipe` included)."""
-    values: dict[str, str] = field(default_factory=dict)
-    """Dotted key → value as the user wrote it."""
-    removed: list[str] = field(default_factory=list)
-    """Free-form keys to take out (`~model.config.rope_scaling`)."""
+    changes: list[Change] = field(default_factory=list)
+    """What keys are set to, in the order of the command line; mappings key by key."""
     problems: list[Problem] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)
     """Keys that a problem already covers: the rules must not complain about their consequences."""
 
+    def given(self) -> dict[str, Any]:
+        """Dotted key → the value that is asked for."""
+        return asked(self.changes)
+
     def for_hydra(self) -> list[str]:
-        """Arguments of Hydra's compose API."""
-        choices = [f"{'+' if group == 'recipe' else ''}{group}={choice}" for group, choice in self.choices.items()]
-        # `++` adds keys where Hydra would otherwise only change those that are there.
-        values = [
-            f"{'++' if free_form(key) or key in FREE_FORM else ''}{key}={value}" for key, value in self.values.items()
+        """Arguments of Hydra's compose API for the choices alone; the changes are laid over what comes of them."""
+        return [f"{'+' if group == 'recipe' else ''}{group}={choice}" for group, choice in self.choices.items()]
+
+    def spelled_out(self) -> list[str]:
+        """The same with the changes, in Hydra's spelling; `++` adds keys where Hydra would only change those there."""
+        return self.for_hydra() + [
+            f"~{one.key}" if one.takes_out else f"{'++' if free_form(one.key) else ''}{one.key}={_written(one.value)}"
+            for one in self.changes
         ]
-        return choices + values + [f"~{key}" for key in self.removed]
 
 
 def read_overrides(arguments: Iterable[str]) -> Overrides:
@@ -121,7 +127,12 @@ class _Reader:
         try:
             override = self.parser.parse_override(argument)
         except HydraException:
-            self._unreadable(argument, key, text)
+            if (value := _json(text)) is None:
+                self._unreadable(argument, key, text)
+            elif key in self.keys or free_form(key):
+                self._set(key, value, text)
+            else:
+                self._unknown(key, value, text)
             return
         key = override.key_or_group
         if override.package is not None or key.split("/")[0] == "hydra" or key.startswith("hydra."):
@@ -130,12 +141,14 @@ class _Reader:
             self._remove(key, text)
         elif override.is_sweep_override():
             self._several(key, text)
+        elif key in self.keys and isinstance(override.value(), dict):
+            self._set(key, override.value(), text)
         elif key in self.groups:
             self._choose(argument, key, override, text)
         elif key in self.keys or free_form(key):
             self._set(key, override.value(), text)
         else:
-            self._unknown(key, override, text)
+            self._unknown(key, override.value(), text)
 
     def _unreadable(self, argument: str, key: str, text: str) -> None:
         if "=" not in argument:
@@ -147,14 +160,25 @@ class _Reader:
                 f"+recipe={recipe}" if recipe else "",
             )
             return
+        if text.lstrip().startswith("{"):
+            self.problem(key, text, "a mapping is written {key: value, …}, or in JSON; this one cannot be read")
+            return
         quoted = text.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
         self.problem(key, text, "this value needs quotes inside the shell's own", f"\"{key}='{quoted}'\"")
 
     def _remove(self, key: str, text: str) -> None:
-        if free_form(key):
-            self.result.removed.append(key)
+        if not free_form(key) and key not in FREE_FORM:
+            nearest = ""
+            if key in self.keys and not dataclasses.is_dataclass(self.keys[key]):
+                takes_null = type(None) in typing.get_args(self.keys[key])
+                nearest = f"{key}=null" if takes_null else f"{key}={_yaml(OmegaConf.select(self.schema, key))}"
+            self.problem(f"~{key}", text, "only keys under deepspeed and model.config can be taken out", nearest)
+        elif text:
+            self.problem(f"~{key}", text, "a key is taken out whatever its value is", f"~{key}")
+        elif key in FREE_FORM:
+            self.result.changes += [Change(tuple(key.split(".")), takes_out=True), Change(tuple(key.split(".")), {})]
         else:
-            self.problem(f"~{key}", text, "only keys under deepspeed and model.config can be taken out", f"{key}=null")
+            self.result.changes.append(Change(tuple(key.split(".")), takes_out=True))
 
     def _several(self, key: str, text: str) -> None:
         rule = "one value per key: a run has one configuration, a sweep is several runs"
@@ -186,21 +210,45 @@ class _Reader:
             self.result.choices[group] = choice
 
     def _set(self, key: str, value: Any, text: str) -> None:
-        # A key given twice takes its last value, as Hydra does: scripts append overrides to defaults of their own.
-        if not free_form(key):
-            try:
-                OmegaConf.update(self.schema, key, value, merge=True)
-            except ConfigKeyError as error:
-                wrong = str(error.key)
-                section = self.keys[key] if dataclasses.is_dataclass(self.keys[key]) else SourceConfig
-                known = [one.name for one in dataclasses.fields(section)]
-                near = did_you_mean(wrong, known)
-                self.problem(key, text, f"no such key in it: {wrong}; it has {', '.join(known)}", near)
-                return
-            except OmegaConfBaseException:
-                self.problem(key, text, f"must be {_in_words(self.keys[key])}", self._nearest_value(key, value))
-                return
-        self.result.values[key] = text
+        """Keep what sets `key`; a mapping key by key (`conf/changes.py` has the rule)."""
+        section = dataclasses.is_dataclass(self.keys.get(key))
+        if value == {} and (section or key in FREE_FORM):
+            nearest = f"~{key} takes all of its keys out" if key in FREE_FORM else ""
+            self.problem(key, text, "a mapping sets the keys that it names, and this one names none", nearest)
+        elif isinstance(value, dict) and (section or key in FREE_FORM or free_form(key)):
+            for name, one in value.items():
+                self._set_below(key, name_of(name), one)
+            if not value:
+                self.result.changes.append(Change(tuple(key.split(".")), {}))
+        elif isinstance(value, str) and "${" in value and (section or key in FREE_FORM):
+            self.problem(key, text, "must be a mapping, {key: value, …}, not a reference to one")
+        elif free_form(key) or self._typed(key, value, text):
+            # A key given twice takes its last value, as in Hydra: scripts append overrides to defaults of their own.
+            self.result.changes += changes_of(tuple(key.split(".")), value)
+
+    def _set_below(self, section: str, name: str, value: Any) -> None:
+        key, text = f"{section}.{name}", _yaml(value)
+        if "." in name:
+            rule = "a key of a mapping has no dots"
+            self.problem(section, f"{{{name}: {text}}}", rule, f"{key}={text}, or one mapping in the other")
+        elif key in self.keys or free_form(key):
+            self._set(key, value, text)
+        else:
+            self._unknown(key, value, text)
+
+    def _typed(self, key: str, value: Any, text: str) -> bool:
+        """Whether a key of the schema can have this value; a problem where it cannot."""
+        try:
+            OmegaConf.update(self.schema, key, value, merge=True)
+        except ConfigKeyError as error:
+            wrong, known = str(error.key), [one.name for one in dataclasses.fields(SourceConfig)]
+            near = did_you_mean(wrong, known)
+            self.problem(key, text, f"no such key in it: {wrong}; it has {', '.join(known)}", near)
+            return False
+        except OmegaConfBaseException:
+            self.problem(key, text, f"must be {_in_words(self.keys[key])}", self._nearest_value(key, value))
+            return False
+        return True
 
     def _nearest_value(self, key: str, value: Any) -> str:
         """A legal assignment near a value of the wrong type; may be empty."""
@@ -222,7 +270,7 @@ class _Reader:
         plus = "+" if key == "recipe" else ""
         self.problem(f"{plus}{key}", text, f"given twice, first as {before}; give it once", f"{plus}{key}={text}")
 
-    def _unknown(self, key: str, override: Override, text: str) -> None:
+    def _unknown(self, key: str, value: Any, text: str) -> None:
         leaf = key.rsplit(".", 1)[-1]
         same_leaf = next((known for known in self.keys if known.rsplit(".", 1)[-1] == leaf), "")
         similar = did_you_mean(key, [*self.keys, *self.groups])
@@ -235,8 +283,8 @@ class _Reader:
             if text in self.groups[near]:
                 self.result.choices.setdefault(near, text)
             self.result.suspects.add(f"{near}.*")
-        elif near not in self.result.values and not dataclasses.is_dataclass(self.keys[near]):
-            self._set(near, override.value(), text)
+        elif near not in self.result.given() and not dataclasses.is_dataclass(self.keys[near]):
+            self._set(near, value, text)
 
 
 def _is_list(hint: Any) -> bool:
@@ -256,8 +304,31 @@ def _in_words(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
 
 
+def _json(text: str) -> Any:
+    """A mapping or list in JSON, whose quoted keys Hydra does not read; None where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, (dict, list)) else None
+
+
 def _yaml(value: Any) -> str:
     """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+        return name_of(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name_of(name)}: {_yaml(one)}' for name, one in value.items())}}}"
+    return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, list) else str(value)
+
+
+def _written(value: Any) -> str:
+    """The same so that Hydra reads this value and no other."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name_of(name)}:{_written(one)}' for name, one in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if not isinstance(value, str):
+        return _yaml(value)
+    quoted = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{quoted}'"

@@ -25,6 +25,14 @@ A request is one recipe (`+recipe=NAME`), choices (`group=choice`) and keys (`ke
 the defaults of `conf/config.yaml`, the command line replaces both. `launch/train.py +recipe=NAME … --cfg job` prints
 what comes out. A default that the default choice of a group sets stands with that choice; another choice, and most
 recipes, set others. The rules *between* keys are in `conf/rules_*.py`; each refusal names the nearest legal choice.
+
+How keys are laid over each other (`conf/changes.py`): first the files of groups, then the recipe, then the command line
+from left to right; what comes later wins. A mapping stands for the keys that it names, at any depth, and leaves their
+siblings alone: `model.config={a: 1, b: 2}`, the same in JSON, and `model.config.a=1 model.config.b=2` are one request,
+as are `batch={micro_size: 2}` and `batch.micro_size=2`. Anything else (number, text, list, null) is set as a whole.
+`+` and `++` before a key change nothing. `~model.config.KEY` and `~deepspeed.KEY` take a key out with all below it, and
+`~model.config` every one; what stands behind it can set it anew. Choices of groups come first wherever they stand, and
+the keys that a recipe set for its own choice give way to another one.
 """
 
 

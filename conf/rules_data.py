@@ -20,7 +20,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "jsonl": ("path", "eval_path", *COLUMNS),
     "csv": ("path", "eval_path", "delimiter", "header", "quoting", "text", "prompt", "completion"),
     "parquet": ("path", "eval_path", *COLUMNS),
-    "hub": ("name", "subset", "split", "eval_split", *COLUMNS),
+    "hub": ("name", "subset", "split", "eval_split", "revision", *COLUMNS),
     **dict.fromkeys(("conll", "squad", "lines", "idx", "images"), ("path", "eval_path")),
     **dict.fromkeys(("digits", "line"), ()),
 }
@@ -31,7 +31,7 @@ POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_le
 """What transformers' configs call the number of positions."""
 
 
-def _sources(cfg: Config) -> list[tuple[str, SourceConfig]]:
+def sources(cfg: Config) -> list[tuple[str, SourceConfig]]:
     """(where it stands, source) of each source."""
     if cfg.data.mixture:
         return [(f"data.mixture[{index}]", source) for index, source in enumerate(cfg.data.mixture)]
@@ -40,7 +40,7 @@ def _sources(cfg: Config) -> list[tuple[str, SourceConfig]]:
 
 def required(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A source of files has a path, a hub data set a name."""
-    for where, source in _sources(cfg):
+    for where, source in sources(cfg):
         key = NEEDS.get(source.kind)
         if key and not getattr(source, key):
             example = "FILE, FOLDER or 'FOLDER/*'" if key == "path" else "NAME"
@@ -49,7 +49,7 @@ def required(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
 
 def taken(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """Keys that a kind of source does not read are refused."""
-    for where, source in _sources(cfg):
+    for where, source in sources(cfg):
         if source.kind not in TAKES:
             continue
         for field in dataclasses.fields(SourceConfig):
@@ -88,7 +88,7 @@ def mixture(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
 
 def columns(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """Rows are text, or prompt and completion, or messages."""
-    for where, source in _sources(cfg):
+    for where, source in sources(cfg):
         given = [name for name in ("prompt", "completion") if getattr(source, name)]
         if len(given) == 1:
             other = "completion" if given == ["prompt"] else "prompt"
@@ -103,18 +103,18 @@ def columns(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
 
 def held_out(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A share is set aside only where no held-out data is named; files are counted only where there are files."""
-    sources = _sources(cfg)
-    if changed(cfg.data, "held_out") and all(source.eval_path or source.eval_split for _, source in sources):
+    found = sources(cfg)
+    if changed(cfg.data, "held_out") and all(source.eval_path or source.eval_split for _, source in found):
         rule = "the held-out data is named (eval_path, eval_split), so none is set aside"
         yield Problem("data.held_out", shown(cfg.data.held_out), rule, "data.held_out=0.02")
-    if cfg.data.max_files is not None and not any(source.kind in ("stdlib", "text") for _, source in sources):
+    if cfg.data.max_files is not None and not any(source.kind in ("stdlib", "text") for _, source in found):
         rule = "files are counted for stdlib and text only"
         yield Problem("data.max_files", str(cfg.data.max_files), rule, "data.max_files=null")
 
 
 def paths(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """Files, folders and globs of data name something that exists."""
-    for where, source in _sources(cfg):
+    for where, source in sources(cfg):
         for key in ("path", "eval_path"):
             value = getattr(source, key)
             if not value or source.kind not in TAKES or key not in TAKES[source.kind]:

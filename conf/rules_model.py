@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, did_you_mean
-from conf.rules_data import POSITIONS, nearest_path
+from conf.rules_data import POSITIONS, nearest_path, sources
 from conf.rules_values import shown
 from conf.schema import Config
 
@@ -41,6 +41,25 @@ def origin(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         yield Problem("model.config", shown(sorted(model.config)), rule, "leave model.config out")
     if model.gguf_file is not None and model.path is None:
         yield Problem("model.gguf_file", model.gguf_file, "needs model.path, the folder it is in", "model.path=FOLDER")
+
+
+def revisions(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A revision is one of the hub: a local folder is what it is, and so is a package."""
+    model = cfg.model
+    named = [("model", "path", model.path, model.revision)]
+    named += [("model", "tokenizer", model.tokenizer, model.tokenizer_revision)]
+    named += [(where, "name", source.name, source.revision) for where, source in sources(cfg) if source.kind == "hub"]
+    for section, name, source, revision in named:
+        if revision is None:
+            continue
+        key = f"{section}.tokenizer_revision" if name == "tokenizer" else f"{section}.revision"
+        if not source:
+            rule = f"there is no {section}.{name} that it could be a revision of"
+        elif source.startswith("package:") or Path(source).expanduser().exists():
+            rule = f"{section}.{name}={source} is local, and only the hub has revisions"
+        else:
+            continue
+        yield Problem(key, revision, rule, f"{key}=null")
 
 
 def config(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -170,4 +189,4 @@ def set_elsewhere(cfg: Config, layout: Layout, env: Environment) -> Iterator[Pro
             yield Problem("model.config.model_type", str(value), "the family is model.type", f"model.type={value}")
 
 
-RULES = (origin, config, set_elsewhere, attention, weights)
+RULES = (origin, revisions, config, set_elsewhere, attention, weights)

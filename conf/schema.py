@@ -45,8 +45,12 @@ class ModelConfig:
     """Hub name or local folder with pretrained weights (or the folder/package that holds `gguf_file`)."""
     gguf_file: str | None = None
     """A GGUF file inside `path`; `path=package:NAME` means the folder of an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit of `path` on the hub; null: its main branch."""
     tokenizer: str | None = None
     """Hub name or local folder of a tokenizer; null: that of `path`, or one trained on the data for a new model."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of `tokenizer` on the hub; null: its main branch."""
     attention: str | None = None
     """Attention implementation of transformers: sdpa, eager, flash_attention_2, …; null: the best of the family."""
     dropout: float | None = None
@@ -73,6 +77,8 @@ class SourceConfig:
     """Training split of the hub data set."""
     eval_split: str | None = None
     """Held-out split of the hub data set; null: `held_out` of `split` is set aside."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub data set; null: its main branch."""
     text: str = "text"
     """Column with the text (plain rows)."""
     prompt: str | None = None

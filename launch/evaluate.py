@@ -29,7 +29,7 @@ from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
 
 COMMAND = "launch/evaluate.py"
-ROWS = ("kind", "path", "name", "subset", "split", "target_path")
+ROWS = ("kind", "path", "name", "subset", "split", "revision", "target_path")
 """Keys of `data` that say which rows there are."""
 PATHS = ("path", "target_path")
 USAGE = f"{COMMAND} MODEL +recipe=NAME key=value … [out=predictions.jsonl]"

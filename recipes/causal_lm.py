@@ -48,7 +48,7 @@ class CausalLM(Recipe):
         self._folder = local_folder(model, progress) if model.path else None
         tokenizer = None
         if model.tokenizer:
-            tokenizer = load_tokenizer(model.tokenizer)
+            tokenizer = load_tokenizer(model.tokenizer, revision=model.tokenizer_revision)
         elif self._folder:
             tokenizer = load_tokenizer(str(self._folder), key="model.path")
         prepared = prepare(
@@ -185,10 +185,11 @@ class CausalLM(Recipe):
         if self.cfg.eval.prompt is None:
             return None
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        from recipes import hub
+
+        tokenizer = hub.tokenizer(folder)
+        model = hub.model(self.hf_class(), folder).eval()
         inputs = tokenizer(self.cfg.eval.prompt, return_tensors="pt", return_token_type_ids=False)
         torch.manual_seed(self.cfg.seed)
         with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import Problem
+from recipes import hub
 from recipes.base import Prediction
 from recipes.data.changes import CHANGED
 from recipes.data.examples import Example
@@ -94,7 +95,7 @@ class ImageClassification(Supervised):
 
         channels, height, width = self._processor.shape
         with torch.device("meta"):
-            network = self.hf_class().from_config(self.model_config())
+            network = hub.new_model(self.hf_class(), self.model_config())
             try:
                 network(pixel_values=torch.zeros(1, channels, height, width))
             except ValueError as error:  # families that take one size only
@@ -125,8 +126,10 @@ class ImageClassification(Supervised):
 
         path = self.cfg.model.path
         source = path and (package_folder(path) or path)
-        size = self.cfg.data.image_size
-        return ImageProcessor.of_model(source, config, path or str(self.cfg.model.type), size).shape
+        data, model = self.cfg.data, self.cfg.model
+        return ImageProcessor.of_model(
+            source, config, path or str(model.type), data.image_size, model.revision
+        ).shape
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}

@@ -49,7 +49,7 @@ class TextTask(Supervised):
 
         model, data = self.cfg.model, self.cfg.data
         if model.tokenizer:
-            self.tokenizer = load_tokenizer(model.tokenizer)
+            self.tokenizer = load_tokenizer(model.tokenizer, revision=model.tokenizer_revision)
         elif self._folder:
             self.tokenizer = load_tokenizer(str(self._folder), key="model.path")
         else:

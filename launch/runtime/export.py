@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from conf.errors import Problem, RequestError
+from recipes import hub
 
 if TYPE_CHECKING:
     from launch.runtime.engine import Engine
@@ -61,7 +62,7 @@ def export_saved(saved: SavedState, recipe: Recipe, folder: Path, shard_bytes: i
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.cfg.precision.name, torch.float32)
     model = on_meta(recipe.hf_class(), recipe.model_config(), dtype=dtype, attention=recipe.cfg.model.attention)
     if (weights := recipe.weights()) is not None and (weights / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(weights)
+        model.generation_config = hub.generation_config(weights)
     values = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
     if values.keys() != set(saved.names):
         other = sorted(values.keys() ^ set(saved.names))

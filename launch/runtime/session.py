@@ -22,7 +22,7 @@ from launch.runtime.metrics import TRACKERS, MetricsLog
 from launch.runtime.request import Request
 from launch.runtime.run_dir import RunDir
 from launch.runtime.watchdog import Watchdog
-from recipes import counted, recipe_class
+from recipes import counted, hub, recipe_class
 from recipes.base import Prediction, Recipe
 
 if TYPE_CHECKING:
@@ -261,6 +261,7 @@ def _train(
         "held_out": outcome.last,
         "kept_at_step": outcome.kept_at,
         "model": str(run_dir.model),
+        "revisions": hub.revisions(cfg, recipe.weights()),
         "rows": recipe.report.get("rows"),
         "changes": recipe.report.get("changes", []),
     }

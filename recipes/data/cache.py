@@ -18,6 +18,7 @@ import numpy as np
 
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
+from recipes import hub
 from recipes.data.changes import CUT, DROPPED, check_dropped, enough, recorded, reported
 from recipes.data.encode import Encoder
 from recipes.data.order import MixedDataset, SampleOrder
@@ -157,7 +158,6 @@ def trained_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A tokenizer trained on `texts`, which are those of the data with these fingerprints; trained once."""
     import tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     def build(folder: Path) -> dict[str, Any]:
         trained = train_tokenizer(texts(), vocab_size)
@@ -166,7 +166,7 @@ def trained_tokenizer(
         return {"vocab_size": len(trained)}
 
     name = key_of(FORMAT, tokenizers.__version__, vocab_size, fingerprints)
-    return PreTrainedTokenizerFast.from_pretrained(str(entry(root, f"tokenizer-{name}", build).folder))
+    return hub.trained_tokenizer(entry(root, f"tokenizer-{name}", build).folder)
 
 
 def _texts(sources: list[Source], progress: Progress) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError, did_you_mean
+from recipes import hub
 from recipes.data.network import offline_without_network
 from recipes.data.readers import Record, good_rows
 from recipes.data.rows import Meter, Problems, Row, missing_columns
@@ -39,7 +40,8 @@ class HubSource(Source):
         return Problem(f"{self.key}.eval_split", str(self.config.eval_split), rule, "another split, or null")
 
     def fingerprint(self) -> str:
-        return " ".join(split._fingerprint for _, _, split in self._splits())
+        revision = [self.config.revision] if self.config.revision else []
+        return " ".join([*revision, *(split._fingerprint for _, _, split in self._splits())])
 
     def origins(self) -> list[str]:
         return [f"{self.name}[{split}]" for split in (self.config.split, self.config.eval_split) if split is not None]
@@ -74,11 +76,14 @@ class HubSource(Source):
     def _load(self, key: str, split: str) -> Any:
         if not Path(self.name).exists():
             offline_without_network()
-        import datasets
-
         try:
-            return datasets.load_dataset(self.name, self.config.subset, split=split)
+            return hub.dataset(self.name, self.config.subset, split, revision=self.config.revision)
         except (ConnectionError, FileNotFoundError, OSError) as error:
+            if (revision := self.config.revision) and "revision" in _first_line(error).lower():
+                rule = f"this data set has no such branch, tag or commit ({_first_line(error)})"
+                raise RequestError(
+                    Problem(f"{self.key}.revision", revision, rule, f"{self.key}.revision=null")
+                ) from error
             rule = f"this data set was not found, neither on the hub nor in the cache ({_first_line(error)})"
             raise RequestError(Problem(f"{self.key}.name", self.name, rule, OFFLINE)) from error
         except ValueError as error:

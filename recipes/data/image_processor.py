@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from conf.errors import Problem, RequestError
+from recipes import hub
 
 FILE = "preprocessor_config.json"
 FILES = (FILE, "processor_config.json")
@@ -37,14 +38,16 @@ class ImageProcessor:
         self.shape = self._looked_at(path)
 
     @classmethod
-    def of_model(cls, source: Path | str | None, config: Any, path: str, asked: int | None = None) -> ImageProcessor:
+    def of_model(
+        cls, source: Path | str | None, config: Any, path: str, asked: int | None = None, revision: str | None = None
+    ) -> ImageProcessor:
         """That of a pretrained model, or one which only resizes to the configuration's `image_size`.
 
-        source: the pretrained model's folder or hub name. asked: `data.image_size`, pixels along each side.
-        Raises RequestError where the folder has none, nothing says how large images are, or `asked` would have no
-        effect.
+        source: the pretrained model's folder or hub name, of this `revision`. asked: `data.image_size`, pixels along
+        each side. Raises RequestError where the folder has none, nothing says how large images are, or `asked` would
+        have no effect.
         """
-        from transformers import AutoImageProcessor, ViTImageProcessorPil
+        from transformers import ViTImageProcessorPil
 
         channels = getattr(config, "num_channels", 3)
         if source is not None:
@@ -56,7 +59,9 @@ class ImageProcessor:
                 raise RequestError(Problem("model.path", path, rule, f"a folder with the model's {FILE}"))
             try:
                 # The same values with and without torchvision, whose resizing differs in the last bit.
-                whole = AutoImageProcessor.from_pretrained(str(source), backend="pil")
+                whole = hub.image_processor(str(source), revision=revision, backend="pil")
+            except RequestError:
+                raise
             except Exception as error:  # it raises anything, by what the file lacks
                 rule = f"its image processor cannot be loaded ({str(error).splitlines()[0]})"
                 raise RequestError(Problem("model.path", path, rule, "another model")) from None

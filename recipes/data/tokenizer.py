@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from conf.errors import Problem, RequestError
+from recipes import hub
 from recipes.data.network import offline_without_network
 
 if TYPE_CHECKING:
@@ -64,18 +65,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_tokenizer(path: str, gguf_file: str | None = None, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, key: str = "model.tokenizer", revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or local folder; `key` names the setting in the RequestError when there is none."""
     if not Path(path).exists():
         offline_without_network()
-    from transformers import AutoTokenizer
-
-    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer: PreTrainedTokenizerBase = hub.tokenizer(path, revision=revision, key=key)
         if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) > 1:
             return tokenizer
         raise ValueError("its files are not there")  # transformers 5.23 makes one that knows no text
+    except RequestError:
+        raise
     except Exception as error:  # it raises anything, by what the files lack and the kind of tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(path).is_dir():
@@ -130,10 +130,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     transformers 5.23: GPTNeoXTokenizer makes its post-processor anew when it is loaded, without the ends that were
     added; the general class takes the one that was saved. Raises RuntimeError where that does not help.
     """
-    from transformers import AutoTokenizer
 
     def reads() -> bool:
-        again = AutoTokenizer.from_pretrained(folder)
+        again = hub.tokenizer(folder)
         probes = (("A small probe.",), ("A small probe.", "And a second one."))
         return all(tokenizer(*probe)["input_ids"] == again(*probe)["input_ids"] for probe in probes)
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, initialization
+from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from conf.errors import Problem, RequestError
+from recipes import hub
 
 CONSTRUCTED_ELEMENTS = 2**16
 """Largest parameter whose value from the constructor is remembered: vectors and scalars."""
@@ -67,7 +68,7 @@ def on_meta(hf_class: Any, config: PretrainedConfig, *, dtype: torch.dtype, atte
     Its buffers (rotary frequencies, causal masks) are computed for real: small, and not every family can redo them.
     """
     with _parameters_on_meta():
-        return _learning_all_tokens(hf_class.from_config(config, dtype=dtype, attn_implementation=attention))
+        return _learning_all_tokens(hub.new_model(hf_class, config, dtype=dtype, attn_implementation=attention))
 
 
 def _learning_all_tokens(model: PreTrainedModel) -> PreTrainedModel:
@@ -243,13 +244,12 @@ def from_pretrained(
     the dropout are the request's. Raises RequestError when other weights are missing.
     """
     if divide is None and place is None and new_head_seed is None:
-        model, found = hf_class.from_pretrained(
+        model, found = hub.model(
+            hf_class,
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=attention,
-            trust_remote_code=False,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -257,11 +257,11 @@ def from_pretrained(
         _refuse_lacking(folder, sorted(found["missing_keys"]) + other)
         model.config.use_cache = False
         return _learning_all_tokens(model)
-    config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = config or hub.config(folder)
     config.use_cache = False
     model = on_meta(hf_class, config, dtype=dtype, attention=attention)
     if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = hub.generation_config(folder)
     base = _base_prefix(model)
     if divide is not None:
         divide(model)

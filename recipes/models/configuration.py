@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import shown
 from conf.schema import Config
+from recipes import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, traine
     """What keeps a model from being built and trained as asked, shown on the meta device: no memory, no weights."""
     try:
         with torch.device("meta"):
-            network = hf_class.from_config(config, attn_implementation=cfg.model.attention)
+            network = hub.new_model(hf_class, config, attn_implementation=cfg.model.attention)
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [refused(config.model_type, error)]
     return check_network(network, cfg, trained)

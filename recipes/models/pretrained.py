@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from conf.errors import Problem, RequestError
 from conf.schema import ModelConfig
+from recipes import hub
 from recipes.base import Progress
 
 if TYPE_CHECKING:
@@ -19,17 +20,6 @@ if TYPE_CHECKING:
 
 WANTED = ("*.safetensors*", "*.json", "*.model", "*.spm", "*.txt", "*.jinja")
 """Files of a model of the hub: weights, configuration, and tokenizers of any kind (Marian's are two `.spm`)."""
-CONVERT = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, file, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-# The weights are plain tensors by now, but transformers 5.23 still marks the model as quantised and refuses to save it.
-model.hf_quantizer, model.is_quantized = None, False
-del model.config.quantization_config
-model.save_pretrained(out)
-AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(out)
-"""
 
 
 def package_folder(path: str) -> Path | None:
@@ -54,7 +44,7 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     assert model.path is not None  # the caller asks only then
     folder = package_folder(model.path) or Path(model.path).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(model.path)
+        folder = _from_hub(model.path, model.revision)
     if model.gguf_file:
         return _from_gguf(folder, model.gguf_file, progress)
     if not any(folder.glob("*.safetensors")):
@@ -74,15 +64,13 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
 
     folder: where `local_folder` has put the model, if it has. Raises RequestError when there is no configuration.
     """
-    from transformers import AutoConfig
-
     from recipes.models.configuration import set_dropout
 
     path = str(folder or model.path)
     extra = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
     folder_or_name = folder or package_folder(path) or path
     try:
-        config = AutoConfig.from_pretrained(folder_or_name, trust_remote_code=False, **extra)
+        config = hub.config(folder_or_name, revision=None if folder else model.revision, **extra)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         rule = f"no model configuration there: {reason}"
@@ -90,12 +78,14 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
     return set_dropout(config, model.dropout)
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return hub.snapshot(name, revision=revision, patterns=WANTED)
+    except RevisionNotFoundError:
+        rule = "there is no such branch, tag or commit of this model"
+        raise RequestError(Problem("model.revision", str(revision), rule, "model.revision=null")) from None
     except HFValidationError:
         rule, nearest = "neither a local folder nor a hub name", "model.path=./FOLDER or model.path=OWNER/NAME"
     except LocalEntryNotFoundError:
@@ -133,7 +123,7 @@ def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
         scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, "-c", CONVERT, str(folder), file, str(scratch)],
+            [sys.executable, "-c", hub.CONVERT, str(folder), file, str(scratch)],
             capture_output=True, text=True, env=environment,
         )  # fmt: skip
         if done.returncode:

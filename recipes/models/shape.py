@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig, ModelConfig, ParallelConfig
+from recipes import hub
 from recipes.models.costs import idle_elements
 from recipes.models.layouts import problems
 from recipes.models.plans import head_parameters, token_table
@@ -119,12 +120,12 @@ def model_shape(
     try:
         with torch.device("meta"):
             try:
-                network = hf_class.from_config(config, dtype=dtype, attn_implementation=attention)
+                network = hub.new_model(hf_class, config, dtype=dtype, attn_implementation=attention)
                 network.tie_weights()
             except KeyError:
                 # A family with attention classes of its own (Falcon, GPT-J) cannot be traced.
                 config = _config(model, data)  # the one above has the traced attention's name by now
-                network = hf_class.from_config(config, dtype=dtype, attn_implementation=model.attention)
+                network = hub.new_model(hf_class, config, dtype=dtype, attn_implementation=model.attention)
     except Exception as error:  # whatever a family raises for its own configuration
         raise RequestError(refused(config.model_type, error)) from error
     if wrong := check(network) if check else problems(network, parallel):

@@ -23,7 +23,7 @@ def each_request_once(monkeypatch):
     """Hydra takes a fifth of a second for a request, and many tests look at the same ones; no file of conf/ changes."""
 
     def remembered(read):
-        key = tuple(read.for_hydra())
+        key = (str(compose.CONF_DIR), *read.for_hydra(), *map(repr, read.changes))
         if key not in _composed:
             _composed[key] = _compose(read)
         return copy.deepcopy(_composed[key])

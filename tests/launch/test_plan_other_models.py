@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM
 
 from conf.batch import Layout
+from conf.compose import compose
 from conf.errors import RequestError
 from conf.schema import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig
 from launch.planner.communication import within_a_step
@@ -143,3 +144,11 @@ def test_heads_may_differ_from_stage_to_stage() -> None:
             lambda config, row=row: row,
         )
         assert found.counted and found.activations
+
+
+def test_the_t5_of_the_readme_has_the_sizes_that_it_is_given() -> None:
+    """5.59M parameters with 320 tokens; its `d_model` was lost to the preset's, and it had 11.17M."""
+    sizes = "model.config={d_model: 256, d_kv: 64, d_ff: 1024, num_layers: 3, num_heads: 4}"
+    cfg = compose(["+recipe=describe_functions", "model.type=t5", sizes, "data.vocab_size=320"], 1)
+    found = model_shape(cfg.model, cfg.data, "fp32", hf_class=AutoModelForSeq2SeqLM)
+    assert (found.parameters, found.hidden) == (5_591_552, 256)

@@ -1,0 +1,128 @@
+"""The one place that loads from a folder or from the hub: models, configurations, tokenizers, processors, data sets.
+
+Nothing that is loaded runs code of its own. transformers asks on the terminal whether it may, unless it is told that it
+may not, and takes the answer from whatever stands on stdin; `datasets` 4 and later knows no code of strangers. Every
+call takes the `revision` (branch, tag or commit) that the request names. `tests/recipes/test_hub.py` finds any other
+call in the repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from conf.errors import Problem, RequestError
+from conf.schema import Config
+
+CONVERT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, file, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+# The weights are plain tensors by now, but transformers 5.23 still marks the model as quantised and refuses to save it.
+model.hf_quantizer, model.is_quantized = None, False
+del model.config.quantization_config
+model.save_pretrained(out)
+AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(out)
+"""
+"""The program that turns a GGUF file into a folder, in a process of its own."""
+
+
+def config(source: Path | str, *, revision: str | None = None, key: str = "model.path", **options: Any) -> Any:
+    """The configuration of a model, which names no code any more. Raises as transformers does, and RequestError."""
+    from transformers import AutoConfig
+
+    found = _without_code(AutoConfig, source, key, "config.json", revision, options)
+    if "/" in str(getattr(found, "_attn_implementation", "")):  # a kernel of the hub: compiled code of a stranger
+        rule = "its config.json wants attention from the hub, which is code of its own and is never loaded"
+        raise RequestError(Problem(key, str(source), rule, "no attn_implementation in it (model.attention=sdpa)"))
+    if hasattr(found, "auto_map"):
+        del found.auto_map  # `from_config` asks for the code that it names where transformers has no class for a task
+    return found
+
+
+def tokenizer(source: Path | str, *, revision: str | None = None, key: str = "model.path", **options: Any) -> Any:
+    """The tokenizer of a model. Raises as transformers does, and RequestError where it is code."""
+    from transformers import AutoTokenizer
+
+    return _without_code(AutoTokenizer, source, key, "tokenizer_config.json", revision, options)
+
+
+def trained_tokenizer(folder: Path) -> Any:
+    """One that was trained here, from its folder in the cache."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+def image_processor(source: Path | str, *, revision: str | None = None, key: str = "model.path", **options: Any) -> Any:
+    """The image processor of a model. Raises as transformers does, and RequestError where it is code."""
+    from transformers import AutoImageProcessor
+
+    return _without_code(AutoImageProcessor, source, key, "preprocessor_config.json", revision, options)
+
+
+def model(hf_class: Any, folder: Path | str, *, key: str = "model.path", **options: Any) -> Any:
+    """A model of an Auto class with the weights of a local folder, in safetensors."""
+    return _without_code(hf_class, folder, key, "config.json", None, {"use_safetensors": True, **options})
+
+
+def new_model(hf_class: Any, config: Any, **options: Any) -> Any:
+    """A model of an Auto class with the weights of its initialisation."""
+    return hf_class.from_config(config, trust_remote_code=False, **options)
+
+
+def generation_config(folder: Path) -> Any:
+    """How a model's folder says that it writes texts."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder)
+
+
+def snapshot(name: str, *, revision: str | None = None, patterns: Iterable[str]) -> Path:
+    """The folder of the cache with the files of a model of the hub; raises as huggingface_hub does."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+def dataset(name: str, subset: str | None, split: str, *, revision: str | None = None) -> Any:
+    """A split of a data set of the hub, of its cache, or of a local folder; raises as `datasets` does."""
+    import datasets
+
+    return datasets.load_dataset(name, subset, split=split, revision=revision)
+
+
+def revisions(cfg: Config, weights: Path | None) -> dict[str, str]:
+    """Name on the hub → the commit that was read (of the model), or the revision that was asked for.
+
+    weights: the folder that the model was read from; in the hub's cache it is `…/snapshots/COMMIT`.
+    """
+    model, found = cfg.model, {}
+    if model.path and weights is not None and weights.parent.name == "snapshots":
+        found[model.path] = weights.name
+    asked = [(model.tokenizer, model.tokenizer_revision)]
+    asked += [(source.name, source.revision) for source in (cfg.data, *cfg.data.mixture)]
+    return found | {name: revision for name, revision in asked if name and revision}
+
+
+def _without_code(
+    loader: Any, source: Path | str, key: str, file: str, revision: str | None, options: dict[str, Any]
+) -> Any:
+    """`loader.from_pretrained`. Raises RequestError where transformers would need code that comes with the files."""
+    extra = {"revision": revision} if revision else {}
+    try:
+        return loader.from_pretrained(source, trust_remote_code=False, **extra, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        files = ", ".join(_naming_code(Path(source))) or file
+        rule = f"it needs code that comes with it (auto_map in {files}), and code of strangers is never executed"
+        raise RequestError(Problem(key, str(source), rule, "a model whose classes transformers itself has")) from None
+
+
+def _naming_code(folder: Path) -> list[str]:
+    """The files of a local folder that name code."""
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    return [file.name for file in files if b'"auto_map"' in file.read_bytes()]
