@@ -79,7 +79,10 @@ def hydra_passthrough(argv: list[str]) -> int | None:
 
 def list_recipes() -> list[tuple[str, str]]:
     """Every recipe and its one-line description, from the `# description:` line of its file."""
-    return [(file.stem, _description(file.read_text())) for file in sorted((CONF_DIR / "recipe").glob("*.yaml"))]
+    return [
+        (file.stem, _description(file.read_text(encoding="utf-8")))
+        for file in sorted((CONF_DIR / "recipe").glob("*.yaml"))
+    ]
 
 
 def recipe_listing() -> str:
@@ -138,7 +141,7 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says."""
     file = CONF_DIR / group / f"{name}.yaml"
     try:
-        return yaml.safe_load(file.read_text()) or {}
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.MarkedYAMLError as error:
         raise RequestError(_not_yaml(file, error)) from None
 
@@ -162,7 +165,7 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
     except yaml.MarkedYAMLError:
         for file in sorted(CONF_DIR.rglob("*.yaml")):  # the error does not know which one
             try:
-                yaml.safe_load(file.read_text())
+                yaml.safe_load(file.read_text(encoding="utf-8"))
             except yaml.MarkedYAMLError as error:
                 return None, [_not_yaml(file, error)]
         raise

@@ -97,7 +97,7 @@ def detect() -> Environment:
 def _cpu_flags() -> set[str]:
     """Feature flags of the first CPU (Linux); empty elsewhere."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return set()
     found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
@@ -110,7 +110,7 @@ def _package_file(package: str, name: str) -> str:
     if found is None or not found.submodule_search_locations:
         return ""
     path = Path(found.submodule_search_locations[0]) / name
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _torch_has_cuda() -> bool:
@@ -142,7 +142,9 @@ def _gpus() -> list[float | None]:
     if shutil.which("nvidia-smi"):
         try:
             ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-            answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+            answer = subprocess.run(
+                ask, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+            ).stdout
             found = [float(line) if re.fullmatch(r"[\d.]+", line) else None for line in answer.split()]
         except (OSError, subprocess.SubprocessError):
             found = []

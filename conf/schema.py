@@ -87,6 +87,12 @@ class SourceConfig:
     """Column names of csv files that have no header line."""
     quoting: bool | None = None
     """Whether fields of csv files may stand in quotation marks; null: yes, but not where tabs delimit them."""
+    encoding: str = "utf-8"
+    """Of files with text: any that Python knows (cp1252, latin-1, utf-16, gb18030, …). A byte order mark is passed
+    over; a byte that does not belong there is refused with file, line and place."""
+    max_expansion: float = 200.0
+    """A file (compressed, or Parquet) that holds more than 64 MiB, and more than so many times its own size, is
+    refused: it was made to fill memory or disk."""
     weight: float = 1.0
     """Share of this source in a mixture, in sequences, relative to the other weights."""
 
@@ -124,6 +130,8 @@ class DataConfig(SourceConfig):
     """The same for `eval_path`."""
     image: str | None = None
     """Column with the image (hub); null: `image`."""
+    max_pixels: int = 64_000_000
+    """Largest image that is decoded (images, hub), width × height; a larger one is refused."""
     features: list[str] = field(default_factory=list)
     """Columns with numbers (regression); empty: a text."""
     labels: list[str] | None = None

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     # The engine and its libraries print as they like; what is printed here is one line.
     sys.stdout.flush()
-    answer = os.fdopen(os.dup(1), "w")
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     logs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     terminal = Terminal(ranks.first)
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     if ranks.first:
         if out is not None:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-            out.write_text("".join(lines))
+            out.write_text("".join(lines), encoding="utf-8")
         print(json.dumps(evaluation.metrics), file=answer, flush=True)
     return 0
 
@@ -126,9 +126,9 @@ def _seen(model: Path, data: DataConfig, rows: str | None) -> Problem | None:
     run = model if (model / "config.yaml").is_file() else model.parent
     if not ((run / "config.yaml").is_file() and (run / "model").is_dir()):
         return None
-    trained = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
+    trained = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}).get("data", {})
     summary = run / "summary.json"
-    known = json.loads(summary.read_text()).get("rows") if summary.is_file() else None
+    known = json.loads(summary.read_text(encoding="utf-8")).get("rows") if summary.is_file() else None
     alike = known is not None and known == rows
     there = not any(_place(trained, name) != _place(vars(data), name) for name in ROWS)
     if not (alike or there) or any(getattr(data, name) for name in APART):

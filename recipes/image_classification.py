@@ -30,7 +30,7 @@ class ImageClassification(Supervised):
         "images": "recipes.data.images:ImageFolderSource",
         "hub": "recipes.data.hub:HubSource",
     }
-    KEYS = ("image", "label", "labels", "target_path", "eval_target_path")
+    KEYS = ("image", "label", "labels", "max_pixels", "target_path", "eval_target_path")
     ARRAYS = {"pixels": "uint8", "labels": "int32"}  # noqa: RUF012
     UNUSED = (*Supervised.UNUSED, *NO_TEXT)
     METRICS = {"loss": "min", "accuracy": "max", "macro_f1": "max", "mcc": "max"}  # noqa: RUF012
@@ -50,7 +50,8 @@ class ImageClassification(Supervised):
         from recipes.data.images import pixels
 
         try:
-            content["image"] = pixels(io.BytesIO(value["bytes"]) if value.get("bytes") else Path(value["path"]))
+            file = io.BytesIO(value["bytes"]) if value.get("bytes") else Path(value["path"])
+            content["image"] = pixels(file, self.cfg.data.max_pixels)
         except Exception as error:  # a broken image raises anything, by its format
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
         return []

@@ -34,8 +34,8 @@ class Terminal:
         sys.stderr.flush()
         self._log = log
         self._saved = (os.dup(1), os.dup(2))
-        self._out = os.fdopen(os.dup(self._saved[0]), "w", buffering=1)
-        self.error = os.fdopen(os.dup(self._saved[1]), "w", buffering=1)
+        self._out = os.fdopen(os.dup(self._saved[0]), "w", buffering=1, encoding="utf-8")
+        self.error = os.fdopen(os.dup(self._saved[1]), "w", buffering=1, encoding="utf-8")
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
@@ -65,7 +65,7 @@ class Terminal:
             return ""
         sys.stdout.flush()
         sys.stderr.flush()
-        with self._log.open(errors="replace") as file:
+        with self._log.open(errors="replace", encoding="utf-8") as file:
             lines = deque(file, TAIL_LINES)
         return f"last lines of {self._log}:\n" + "".join(f"  {line}" for line in lines)
 

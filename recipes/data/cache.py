@@ -52,6 +52,7 @@ FORMAT_KEYS = (
     "delimiter",
     "header",
     "quoting",
+    "encoding",
     "subset",
     "split",
     "eval_split",
