@@ -27,6 +27,7 @@ from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
 from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
+from launch.runtime.standard_streams import RULE, missing, unbreakable
 
 COMMAND = "launch/evaluate.py"
 ROWS = ("kind", "path", "name", "subset", "split", "target_path")
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     # The engine and its libraries print as they like; what is printed here is one line.
     sys.stdout.flush()
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answer = unbreakable(os.dup(1), sys.stdout)
     os.dup2(2, 1)
     logs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     terminal = Terminal(ranks.first)
@@ -111,6 +112,9 @@ def main(argv: list[str]) -> int:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
             out.write_text("".join(lines), encoding="utf-8")
         print(json.dumps(evaluation.metrics), file=answer, flush=True)
+        if (failure := missing(answer)) is not None:
+            print(f"error: standard output {RULE}: {failure.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

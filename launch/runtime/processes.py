@@ -91,6 +91,7 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     import torch
 
     from launch.runtime import patches
+    from launch.runtime.rendezvous import meeting_place
 
     if device == "cuda" and ranks.local_rank >= torch.cuda.device_count():
         rule = f"this machine has {torch.cuda.device_count()} GPUs for {ranks.local_world} ranks"
@@ -103,7 +104,12 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         patches.no_shared_memory_kernel()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            init_method=meeting_place(ranks.rank, ranks.world, ranks.local_world),
+        )
     return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
 
 

@@ -15,6 +15,7 @@ from conf.compose import compose, hydra_passthrough, recipe_listing
 from conf.environment import Environment, detect
 from conf.errors import Problem, RequestError
 from conf.schema import Config
+from launch.runtime import standard_streams
 from launch.runtime.processes import Ranks, must_exit, ranks_from_environment
 from recipes import recipe_class
 
@@ -90,8 +91,13 @@ def _standing_somewhere(argv: list[str]) -> list[str]:
     return argv
 
 
-def run_command(main: Callable[[list[str]], int]) -> None:
-    """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else."""
+def run_command(main: Callable[[list[str]], int], answers: bool = True) -> None:
+    """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else.
+
+    answers: what it prints is what it is for, and it has failed where that could not be written.
+    """
+    standard_streams.in_utf8()
+    standard_streams.secure()
     ranks = ranks_from_environment()
     try:
         code = main(_standing_somewhere(sys.argv[1:]))
@@ -111,6 +117,9 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
+    if answers and code == 0 and (failure := standard_streams.missing(sys.stdout)) is not None:
+        print(f"error: standard output {standard_streams.RULE}: {failure.strerror}", file=sys.stderr)
+        code = 1
     sys.stderr.flush()
     if must_exit():
         os._exit(code)
