@@ -59,9 +59,16 @@ def main(argv: list[str]) -> int:
         rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
         raise RequestError(Problem("out", str(out), rule, "out=ANOTHER_FILE"))
 
+    from launch.runtime import processes
+
+    cfg, layout, ranks = request.cfg, request.layout, request.ranks
+    # The engine and its libraries print as they like, from their import on; what is printed here is one line.
+    sys.stdout.flush()
+    answer = unbreakable(os.dup(1), sys.stdout)
+    os.dup2(2, 1)
+    processes.set_environment(ranks, request.device)
     import torch
 
-    from launch.runtime import processes
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import held_out_batches
     from launch.runtime.out_of_memory import DeviceMemoryError, Phase, explaining
@@ -69,15 +76,9 @@ def main(argv: list[str]) -> int:
     from launch.runtime.staged import make_engine
     from recipes.base import Recipe
 
-    cfg, layout, ranks = request.cfg, request.layout, request.ranks
-    # The engine and its libraries print as they like; what is printed here is one line.
-    sys.stdout.flush()
-    answer = unbreakable(os.dup(1), sys.stdout)
-    os.dup2(2, 1)
     logs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     terminal = Terminal(ranks.first)
     try:
-        processes.set_environment(ranks, request.device)
         recipe = prepare(request, terminal, finished=True)
         if said := recipe.said():
             terminal.say(said)
