@@ -142,11 +142,16 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
     file = CONF_DIR / group / f"{name}.yaml"
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:
+    except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
         raise RequestError(_not_yaml(file, error)) from None
 
 
-def _not_yaml(file: Path, error: yaml.MarkedYAMLError) -> Problem:
+def _not_yaml(file: Path, error: yaml.MarkedYAMLError | UnicodeDecodeError) -> Problem:
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        where = f"conf/{file.relative_to(CONF_DIR)}:{line}"
+        rule = f"not valid UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start} of the file"
+        return Problem(where, "", rule, "iconv -f ENCODING -t UTF-8")
     line = error.problem_mark.line + 1 if error.problem_mark else 1
     return Problem(f"conf/{file.relative_to(CONF_DIR)}:{line}", "", f"is no YAML: {error.problem}")
 
@@ -162,11 +167,11 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
             return None, [problem]
         key = getattr(error, "full_key", None) or "the overrides"
         return None, [Problem(str(key), "", str(error).splitlines()[0])]
-    except yaml.MarkedYAMLError:
+    except (yaml.MarkedYAMLError, UnicodeDecodeError):
         for file in sorted(CONF_DIR.rglob("*.yaml")):  # the error does not know which one
             try:
                 yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.MarkedYAMLError as error:
+            except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
                 return None, [_not_yaml(file, error)]
         raise
 

@@ -372,7 +372,7 @@ class Config:
     """One run."""
 
     name: str = "run"
-    """Name of the run, default for `run_dir`."""
+    """Name of the run, of its folder below `runs` unless `run_dir` says otherwise."""
     task: str = "causal_lm"
     """Module of `recipes/` that trains it."""
     run_dir: str = "runs/${name}"

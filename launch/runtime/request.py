@@ -91,6 +91,25 @@ def _standing_somewhere(argv: list[str]) -> list[str]:
     return argv
 
 
+def _readable(argv: list[str]) -> list[str]:
+    """The arguments, if they are text, and their `~` leads somewhere. Raises RequestError."""
+    problems = []
+    if os.path.expanduser("~") == "~":  # no HOME, and a user that the machine has no entry of
+        os.environ["HOME"] = "/nonexistent"  # as Debian calls it; what cannot be written there says so by its key
+    for word in argv:
+        key, _, value = word.partition("=")
+        shown = value.encode("utf-8", "backslashreplace").decode()
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            rule = "is not UTF-8, which names of files are here"
+            problems.append(Problem(key.encode("utf-8", "backslashreplace").decode(), shown, rule, "another name"))
+        elif (path := value.strip("'\"")).startswith("~") and os.path.expanduser(path) == path:
+            user = path.partition("/")[0][1:]
+            problems.append(Problem(key, value, f"there is no user '{user}'", f"{key}=\"'/home/…'\""))
+    if problems:
+        raise RequestError(problems)
+    return argv
+
+
 def run_command(main: Callable[[list[str]], int], answers: bool = True) -> None:
     """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else.
 
@@ -100,7 +119,7 @@ def run_command(main: Callable[[list[str]], int], answers: bool = True) -> None:
     standard_streams.secure()
     ranks = ranks_from_environment()
     try:
-        code = main(_standing_somewhere(sys.argv[1:]))
+        code = main(_standing_somewhere(_readable(sys.argv[1:])))
     except RequestError as error:
         if not ranks.first:
             # Rank 0 says the same and the launcher ends this one meanwhile. If not, only this rank was refused: say it.

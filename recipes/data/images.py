@@ -148,6 +148,9 @@ class ImageFolderSource(FileSource):
                     meter.note(PASSED_OVER, "files that are no images", str(other))
             for name, path in files:
                 label, folder, _ = name.partition("/")
+                if not label.isprintable():  # half a character, of another encoding than UTF-8
+                    problems.add(Problem(str(path), "", "the name of its class is not text in UTF-8", "another name"))
+                    continue
                 if not folder:
                     problems.add(_classless(path))
                     continue

@@ -99,7 +99,7 @@ class FileSource(Source):
         digest = hashlib.sha256()
         for held_out in (False, True):
             for name, path in self.files(held_out):
-                digest.update(f"{held_out}\0{name}\0{path.stat().st_size}\0".encode())
+                digest.update(f"{held_out}\0{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
