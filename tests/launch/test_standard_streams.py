@@ -126,26 +126,25 @@ def test_utf8_mode_is_begun_once(monkeypatch):
     assert len(started) == 1
 
 
-def _hangup(ignored: bool) -> Wishes:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+def _deaf(number: int, frame: object) -> None:
+    """What this process does at a SIGHUP by itself."""
+
+
+@pytest.mark.parametrize("before, stops", [(_deaf, True), (signal.SIG_IGN, False)])
+def test_a_hangup_stops_unless_it_was_ignored_at_the_start(before, stops):
+    assert threading.current_thread() is threading.main_thread()
+    own = signal.signal(signal.SIGHUP, before)
     try:
         wishes = Wishes(20, lambda: 1)
         wishes.look_later()
         with wishes.heard():
             signal.raise_signal(signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
-        return wishes
+        assert wishes.stop == stops and signal.getsignal(signal.SIGHUP) == before
+        if stops:  # also at the start, where nothing looks for wishes yet
+            with pytest.raises(InterruptedRunError), (wishes := Wishes(20, lambda: 1)).heard():
+                signal.raise_signal(signal.SIGHUP)
     finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_a_hangup_stops_unless_it_was_ignored_at_the_start():
-    assert threading.current_thread() is threading.main_thread()
-    assert _hangup(ignored=False).stop
-    assert not _hangup(ignored=True).stop, "nohup"
-    wishes = Wishes(20, lambda: 1)
-    with pytest.raises(InterruptedRunError), wishes.heard():
-        signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, own)
 
 
 def test_the_streams_need_nothing_else():
