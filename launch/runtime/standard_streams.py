@@ -13,6 +13,8 @@ import sys
 from typing import TextIO
 
 RULE = "could not be written in full"
+_replaced: list[TextIO] = []
+"""What was there before: a stream that nobody holds any more would close its descriptor."""
 
 
 class _Unbreakable(io.RawIOBase):
@@ -78,6 +80,7 @@ def secure() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+            _replaced.append(stream)
     sys.stdout, sys.stderr = unbreakable(1, sys.stdout), unbreakable(2, sys.stderr)
 
 

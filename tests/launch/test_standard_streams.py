@@ -147,6 +147,12 @@ def test_a_hangup_stops_unless_it_was_ignored_at_the_start(before, stops):
         signal.signal(signal.SIGHUP, own)
 
 
+def test_streams_that_are_replaced_close_nothing():
+    code = "import gc, os, sys; from launch.runtime.standard_streams import secure; sys.stdout = os.fdopen(1, 'w')"
+    words = [sys.executable, "-c", f"{code}; secure(); gc.collect(); print('here')"]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).stdout == b"here\n"
+
+
 def test_the_streams_need_nothing_else():
     """They come before all that may print."""
     code = "import sys, launch.runtime.standard_streams; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
