@@ -144,9 +144,8 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         if text.startswith("\ufeff"):  # Hydra 1.3 would not see `# @package` behind it
             where, rule = f"conf/{file.relative_to(CONF_DIR)}:1", "begins with a byte order mark"
-            raise RequestError(
-                Problem(where, "", rule, "save it as UTF-8 without one (sed -i '1s/^\\xEF\\xBB\\xBF//')")
-            )
+            nearest = r"UTF-8 without one: sed -i '1s/^\xEF\xBB\xBF//' FILE"
+            raise RequestError(Problem(where, "", rule, nearest))
         return yaml.safe_load(text) or {}
     except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
         raise RequestError(_not_yaml(file, error)) from None

@@ -308,7 +308,8 @@ class CheckpointConfig:
     """Checkpoints during training: whole ones or none, in run_dir/checkpoints."""
 
     every: int = 0
-    """Save each n optimizer steps and after the last; 0: only when a signal asks for it (SIGTERM, SIGHUP, Ctrl-C, SIGUSR1)."""
+    """Save each n optimizer steps and after the last; 0: only when a signal asks for it (SIGTERM, SIGHUP, Ctrl-C,
+    SIGUSR1)."""
     minutes: float | None = None
     """Save when this many minutes have passed since the last one, and after the last step; null: not by the clock."""
     keep: int = 2
@@ -316,8 +317,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many of the best ones by `eval.metric` stay besides; a checkpoint counts with the evaluation of its step."""
     grace_s: float = 25.0
-    """After SIGTERM, SIGHUP or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands. The
-    launchers `deepspeed` and `torchrun` kill ranks 30 s after they passed on such a signal."""
+    """After SIGTERM, SIGHUP or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands.
+    The launchers `deepspeed` and `torchrun` kill ranks 30 s after they passed on such a signal."""
 
 
 @dataclass
