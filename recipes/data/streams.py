@@ -21,6 +21,8 @@ COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 FREE_BYTES = 64 << 20
 """So much any file may hold: a ratio says nothing about small ones."""
 BLOCK = 1 << 16
+ENOUGH = 20
+"""Letters that are not UTF-8 by chance; two or three may be."""
 
 
 class BrokenFileError(Exception):
@@ -119,6 +121,8 @@ class _Utf8(io.RawIOBase):
         self._stream, self._form = stream, form
         self._decoder = codecs.getincrementaldecoder(form.encoding)()
         self._ready, self._taken, self._line, self._started = b"", 0, 1, False
+        self._doubt: codecs.IncrementalDecoder | None = codecs.getincrementaldecoder("utf-8")()
+        self._foreign = 0
 
     def readable(self) -> bool:
         return True
@@ -132,6 +136,7 @@ class _Utf8(io.RawIOBase):
         while block and not self._ready:
             block = self._stream.read(BLOCK)
             text = self._decoded(block)
+            self._refuse_utf8(block)
             self._line += text.count("\n")
             if text and not self._started:
                 self._started, text = True, text.removeprefix("\ufeff")
@@ -139,6 +144,20 @@ class _Utf8(io.RawIOBase):
         piece, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(piece)] = piece
         return len(piece)
+
+    def _refuse_utf8(self, block: bytes) -> None:
+        """A whole file of UTF-8 is in no other encoding: each of its letters would become two or three."""
+        if self._doubt is None:
+            return
+        try:
+            text = self._doubt.decode(block, final=not block)
+        except UnicodeDecodeError:
+            self._doubt = None
+            return
+        self._foreign += len(text) - len(text.encode("ascii", "ignore"))
+        if not block and self._foreign >= ENOUGH:
+            rule = f"its {self._foreign} letters beyond ASCII are UTF-8, not {self._form.encoding}"
+            raise BrokenFileError(f"{rule} ({self._form.key}.encoding)", f"{self._form.key}.encoding=utf-8")
 
     def _decoded(self, block: bytes) -> str:
         state = self._decoder.getstate()

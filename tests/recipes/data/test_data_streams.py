@@ -99,6 +99,17 @@ def test_places_far_into_a_file(write, config, monkeypatch):
     assert "begins as UTF-16" in (said := read(config, path, "text")[1]) and "data.encoding=utf-16" in said
 
 
+def test_utf8_is_not_read_as_something_else(write, config):
+    """Every byte has a meaning in Latin-1; what comes out is no text."""
+    path = write("rows.csv", contents("csv", WESTERN * 5))
+    for encoding in ("latin-1", "cp1252"):
+        said = read(config, path, "csv", encoding=encoding)[1]
+        assert f"{path}: its " in said and f"are UTF-8, not {encoding} (data.encoding)" in said, said
+        assert "data.encoding=utf-8" in said
+    few = write("few.csv", "text\nplain\nÃ©\nmore\n".encode("latin-1"))  # which is é in UTF-8
+    assert read(config, few, "csv", encoding="latin-1") == ([{"text": t} for t in ("plain", "Ã©", "more")], "")
+
+
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
