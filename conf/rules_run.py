@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from conf.batch import Layout
 from conf.environment import Environment
@@ -19,8 +18,6 @@ RUN_FILES = (
 )  # fmt: skip
 RUN_FOLDERS = ("model", "logs", "tensorboard", "checkpoints")
 """What a run writes into its directory."""
-LONGEST_NAME = 200
-"""Bytes; file systems take 255, and names of temporary files are longer."""
 COMPILE_OFF = "train.compile=false"
 RESUMED = ("adam", "adamw", "sgd", "lion", "adagrad")
 """Optimizers whose state has the shape of the parameters: any layout can take it over."""
@@ -61,19 +58,6 @@ def schedule(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
             if warmup + fitting > steps:
                 nearest = f"scheduler.warmup_steps={max(0, steps - decay)}"
             yield Problem("scheduler.decay_steps", shown(scheduler.decay_steps), rule, nearest)
-
-
-def named(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """A name is one of a folder below `runs`, not a way out of it."""
-    parts = PurePosixPath(cfg.name).parts
-    plain = re.sub(r"[^\w.+-]+", "_", parts[-1] if parts else "").strip(".")
-    nearest = f"name={plain or 'run'}"
-    if not parts or ".." in parts or cfg.name.startswith(("/", "~")):
-        rule = "a name stands for a folder in `runs`, it leads nowhere else (that is for run_dir)"
-        yield Problem("name", cfg.name, rule, nearest)
-    elif not cfg.name.isprintable() or any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
-        rule = f"a name is of characters that can be printed, {LONGEST_NAME} bytes at most"
-        yield Problem("name", repr(cfg.name)[1:61], rule, nearest[:60])
 
 
 def device(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -233,16 +217,4 @@ def best(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         yield Problem("eval.bleu_tokens", cfg.eval.bleu_tokens, f"{cfg.task} has no BLEU", "eval.bleu_tokens=13a")
 
 
-RULES = (
-    named,
-    best,
-    length,
-    schedule,
-    device,
-    compiling,
-    without_effect,
-    installed_trackers,
-    checkpoints,
-    faults,
-    run_dir,
-)
+RULES = (best, length, schedule, device, compiling, without_effect, installed_trackers, checkpoints, faults, run_dir)

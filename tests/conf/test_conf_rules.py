@@ -48,11 +48,11 @@ CASES = [
     (["optimizer.betas=[0.9]"], "optimizer.betas", ["optimizer.betas=[0.9,0.999]"], CPU),
     (["data.mixture=[{weight: 0}, {}]"], "data.mixture[0].weight", [f"data.mixture={TWO}"], CPU),
     (["track.to=[tensorbord]"], "track.to", ["track.to=[tensorboard,csv]"], CPU),
-    # rules_run
     (["name=../../x"], "name", ["name=x/y"], CPU),
     (["name=."], "name", ["name=.x"], CPU),
     (["name=/tmp/x"], "name", ["run_dir=/tmp/deepspeed_recipes/x"], CPU),
     ([f"name={201 * 'x'}"], "name", [f"name={200 * 'x'}"], CPU),
+    # rules_run
     (["train.steps=null"], "train.steps", ["train.steps=100"], CPU),
     (["train.epochs=1", "train.steps=200"], "train.epochs", ["train.epochs=1", "train.steps=null"], CPU),
     (["scheduler.warmup_steps=111"], "scheduler.warmup_steps", ["scheduler.warmup_steps=110"], CPU),
