@@ -38,11 +38,11 @@ SHAPE = {
 
 def peak_of(action: Callable[[], object]) -> tuple[float, int]:
     """(seconds, peak resident bytes) of a call, by Linux' own record of the peak."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     started = time.perf_counter()
     action()
     seconds = time.perf_counter() - started
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return seconds, int(found.group(1)) * 1024 if found else 0
 
 
@@ -128,10 +128,10 @@ def of_the_quickstart(folder: Path, saves: int) -> list[list[str]]:
         run_dir = folder / f"quickstart-{every}"
         trained(2, run_dir, "+recipe=quickstart", f"train.steps={steps}", "scheduler.warmup_steps=1", "eval.every=0",
                 "eval.prompt=null", f"checkpoint.every={every}")  # fmt: skip
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         seconds = [row["step_s"] for row in rows if "step_s" in row]
         evaluations = sum(row.get("eval_s", 0.0) for row in rows)
-        whole = json.loads((run_dir / "summary.json").read_text())["train_s"]
+        whole = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["train_s"]
         outside.append(whole - sum(seconds) - evaluations)
     beside = []
     for step in range(BETWEEN, len(seconds) - BETWEEN + 1, BETWEEN):  # `step` steps are done, and a save begins

@@ -154,7 +154,7 @@ def write_tables(out: Path) -> list[str]:
     """gpu.md out of gpu.jsonl, in one piece."""
     lines = report(journal.starts(journal.read(out / "gpu.jsonl")))
     beside = out / ".gpu.md"
-    beside.write_text("\n".join(lines) + "\n")
+    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     beside.replace(out / "gpu.md")
     return lines
 

@@ -32,7 +32,7 @@ def train(layout: tuple[int, ...], steps: int, zero: str, overrides: list[str], 
         "scheduler.warmup_steps=0", f"zero=stage{zero}", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
         f"parallel.sequence={sequence}", "eval.new_tokens=1", *overrides,
     )  # fmt: skip
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def row(layout: tuple[int, ...], metrics: list[dict[str, Any]], alone: int) -> list[str]:

@@ -71,7 +71,7 @@ def sequence_classification(cfg: Config) -> Task:
     tokenizer = hub.tokenizer(pretrained_folder(cfg))
 
     def rows(path: str) -> Dataset:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             pairs = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         ids = tokenizer([text for text, _ in pairs], truncation=True, max_length=cfg.data.seq_length)
         return Dataset.from_dict({**ids, "labels": [int(label) for _, label in pairs]})
@@ -88,7 +88,7 @@ def token_classification(cfg: Config) -> Task:
     tokenizer = hub.tokenizer(pretrained_folder(cfg))
 
     def read(path: str) -> list[tuple[list[str], list[str]]]:
-        lines = (line.split("\t") for line in Path(path).read_text().split("\n"))
+        lines = (line.split("\t") for line in Path(path).read_text(encoding="utf-8").split("\n"))
         sentences = (list(part) for full, part in itertools.groupby(lines, lambda line: bool(line[0].strip())) if full)
         return [([word for word, *_ in lines], [line[-1] for line in lines]) for lines in sentences]
 
@@ -127,7 +127,7 @@ def token_classification(cfg: Config) -> Task:
 def question_answering(cfg: Config) -> Task:
     """As transformers' run_qa.py: overlapping windows, the best of 20 × 20 starts and ends, SQuAD's F1."""
     tokenizer = hub.tokenizer(pretrained_folder(cfg))
-    articles = json.loads(Path(str(cfg.data.path)).read_text())["data"]
+    articles = json.loads(Path(str(cfg.data.path)).read_text(encoding="utf-8"))["data"]
     cut = len(articles) - round(cfg.data.held_out * len(articles))
 
     def examples(part: list[Any]) -> list[Any]:
@@ -192,7 +192,7 @@ def translation(cfg: Config) -> Task:
     from tokenizers import ByteLevelBPETokenizer
 
     def read(*paths: str | None) -> tuple[list[str], ...]:
-        return tuple(gzip.open(str(path), "rt").read().splitlines() for path in paths)
+        return tuple(gzip.open(str(path), "rt", encoding="utf-8").read().splitlines() for path in paths)
 
     sources, targets = read(cfg.data.path, cfg.data.target_path)
     asked, right = read(cfg.data.eval_path, cfg.data.eval_target_path)

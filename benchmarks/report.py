@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def processor() -> str:
     """Name and usable cores of this machine's processor."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{found.group(1) if found else platform.processor() or platform.machine()}, {cores} cores"
@@ -31,7 +31,9 @@ def commit() -> str:
     """What is measured: the commit, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, encoding="utf-8", errors="replace"
+        ).stdout.strip()
 
     changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return git("rev-parse", "--short", "HEAD") + changed
@@ -57,7 +59,7 @@ def trained(ranks: int, run_dir: Path, *overrides: str) -> float:
     )
     command = [*launcher, str(ROOT / "launch" / "train.py"), f"run_dir={run_dir}", *overrides]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=run_dir.parent)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=run_dir.parent)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nexit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
     return time.perf_counter() - started
@@ -74,7 +76,7 @@ def publish(lines: list[str], out: str) -> None:
     text = "\n".join(lines)
     print(text)
     if out:
-        Path(out).write_text(text + "\n")
+        Path(out).write_text(text + "\n", encoding="utf-8")
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:

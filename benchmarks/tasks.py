@@ -101,14 +101,14 @@ def ours(task: Task, arguments: list[str], ranks: int, folder: Path) -> tuple[fl
     """(metric, wall seconds with imports and data) of one run."""
     run_dir = folder / f"{task.recipe}-{time.monotonic_ns()}"
     seconds = trained(ranks, run_dir, f"+recipe={task.recipe}", *arguments)
-    return json.loads((run_dir / "summary.json").read_text())["held_out"][task.metric], seconds
+    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["held_out"][task.metric], seconds
 
 
 def trainers(task: Task, arguments: list[str]) -> tuple[float, float]:
     """The same by transformers' Trainer: one process with all cores."""
     started = time.perf_counter()
     command = [sys.executable, str(ROOT / "benchmarks/plain_trainer.py"), task.recipe, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])[task.metric], time.perf_counter() - started

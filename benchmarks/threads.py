@@ -46,7 +46,7 @@ def steps(spins: str, jobs: int) -> list[float]:
     """Seconds of a step of each model, while `jobs` processes do the same."""
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
     environment |= {} if spins == "default" else {"GOMP_SPINCOUNT": spins}
-    started = [subprocess.Popen([sys.executable, "-c", WORK], env=environment, stdout=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([sys.executable, "-c", WORK], env=environment, stdout=subprocess.PIPE, encoding="utf-8")
                for _ in range(jobs)]  # fmt: skip
     found = [[float(line) for line in job.communicate()[0].split()] for job in started]
     return [statistics.mean(times) for times in zip(*found, strict=True)]

@@ -82,7 +82,10 @@ def hydra_passthrough(argv: list[str]) -> int | None:
 
 def list_recipes() -> list[tuple[str, str]]:
     """Every recipe and its one-line description, from the `# description:` line of its file."""
-    return [(file.stem, _description(file.read_text())) for file in sorted((CONF_DIR / "recipe").glob("*.yaml"))]
+    return [
+        (file.stem, _description(file.read_text(encoding="utf-8")))
+        for file in sorted((CONF_DIR / "recipe").glob("*.yaml"))
+    ]
 
 
 def recipe_listing() -> str:
@@ -160,8 +163,13 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says."""
     file = CONF_DIR / group / f"{name}.yaml"
     try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.MarkedYAMLError as error:
+        text = file.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):  # Hydra 1.3 would not see `# @package` behind it
+            where, rule = f"conf/{file.relative_to(CONF_DIR)}:1", "begins with a byte order mark"
+            nearest = r"UTF-8 without one: sed -i '1s/^\xEF\xBB\xBF//' FILE"
+            raise RequestError(Problem(where, "", rule, nearest))
+        content = yaml.safe_load(text) or {}
+    except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
         raise RequestError(_not_yaml(file, error)) from None
     if not isinstance(content, dict):
         rule = f"must be a mapping, key: value, not a {type(content).__name__}"
@@ -169,7 +177,12 @@ def choice_file(group: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _not_yaml(file: Path, error: yaml.MarkedYAMLError) -> Problem:
+def _not_yaml(file: Path, error: yaml.MarkedYAMLError | UnicodeDecodeError) -> Problem:
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object.count(b"\n", 0, error.start) + 1
+        where = f"conf/{file.relative_to(CONF_DIR)}:{line}"
+        rule = f"not valid UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start} of the file"
+        return Problem(where, "", rule, "iconv -f ENCODING -t UTF-8")
     line = error.problem_mark.line + 1 if error.problem_mark else 1
     return Problem(f"conf/{file.relative_to(CONF_DIR)}:{line}", "", f"is no YAML: {error.problem}")
 
@@ -189,8 +202,8 @@ def _compose(read: Overrides) -> tuple[Config | None, list[Problem]]:
             return None, [problem]
         key = getattr(error, "full_key", None) or "the overrides"
         return None, [Problem(str(key), "", str(error).splitlines()[0])]
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+    except (yaml.MarkedYAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
         if mark is not None and Path(mark.name).is_file():  # a key twice, which only OmegaConf's loader refuses
             return None, [_not_yaml(Path(mark.name), error)]
         for file in sorted(CONF_DIR.rglob("*.yaml")):  # others do not know their file

@@ -36,6 +36,8 @@ class Environment:
     """nvcc where torch looks for it (CUDA_HOME, PATH, /usr/local/cuda), for the engine's kernels on GPUs."""
     ninja: bool = True
     python_headers: bool = True
+    kernel_folder: bool = True
+    """What torch keeps compiled kernels in can be written."""
     libaio: bool = False
     """libaio with its header, for NVMe offload."""
     trackers: frozenset[str] = frozenset({"tensorboard", "wandb", "mlflow"})
@@ -61,6 +63,7 @@ class Environment:
             "a C++ compiler (c++, or CXX)": self.compiler,
             "ninja": self.ninja,
             "the headers of this Python (Python.h)": self.python_headers,
+            "folder to keep it in that can be written (TORCH_EXTENSIONS_DIR=FOLDER)": self.kernel_folder,
         }
         return [name for name, there in parts.items() if not there]
 
@@ -88,6 +91,7 @@ def detect() -> Environment:
         cuda_compiler=_has_nvcc(),
         ninja=shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None,
         python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
+        kernel_folder=_can_be_written(_kernel_folder()),
         libaio=header and ctypes.util.find_library("aio") is not None,
         trackers=frozenset(name for name in Environment.trackers if importlib.util.find_spec(name) is not None),
         prebuilt=_prebuilt_kernels(),
@@ -97,7 +101,7 @@ def detect() -> Environment:
 def _cpu_flags() -> set[str]:
     """Feature flags of the first CPU (Linux); empty elsewhere."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return set()
     found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
@@ -110,7 +114,7 @@ def _package_file(package: str, name: str) -> str:
     if found is None or not found.submodule_search_locations:
         return ""
     path = Path(found.submodule_search_locations[0]) / name
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _torch_has_cuda() -> bool:
@@ -123,6 +127,22 @@ def _prebuilt_kernels() -> frozenset[str]:
     text = _package_file("deepspeed", "git_version_info_installed.py")
     found = re.search(r"installed_ops\s*=\s*(\{.*?\})", text, re.DOTALL)
     return frozenset(re.findall(r"'(\w+)':\s*True", found.group(1))) if found else frozenset()
+
+
+def _kernel_folder() -> Path:
+    """Where torch 2.13 keeps extensions that it compiles (torch/utils/cpp_extension.py)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether there is such a folder, or it can be made."""
+    try:
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    except OSError:  # a folder above it may not be looked into
+        return False
+    # The kernel's own folders let nobody make others, whoever asks.
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK) and not there.is_relative_to("/proc")
 
 
 def _has_nvcc() -> bool:
@@ -142,7 +162,9 @@ def _gpus() -> list[float | None]:
     if shutil.which("nvidia-smi"):
         try:
             ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-            answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+            answer = subprocess.run(
+                ask, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+            ).stdout
             found = [float(line) if re.fullmatch(r"[\d.]+", line) else None for line in answer.split()]
         except (OSError, subprocess.SubprocessError):
             found = []

@@ -90,7 +90,7 @@ def group_tables() -> str:
     for group in ORDER:
         rows = []
         for choice in known[group]:
-            text = (CONF_DIR / group / f"{choice}.yaml").read_text()
+            text = (CONF_DIR / group / f"{choice}.yaml").read_text(encoding="utf-8")
             words = re.search(r"^# description: (.+)$", text, re.MULTILINE) or re.match(r"# (.+)", text)
             rows.append((f"`{choice}`", words.group(1) if words else ""))
         argument = f"+{group}" if group == "recipe" else group
@@ -139,7 +139,7 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def reference() -> str:
     """The whole document."""
-    source = (CONF_DIR / "schema.py").read_text()
+    source = (CONF_DIR / "schema.py").read_text(encoding="utf-8")
     return f"{HEAD}\n## Groups\n\n{group_tables()}\n\n## Keys\n\n{key_tables(source)}\n"
 
 

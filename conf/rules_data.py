@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
 from collections.abc import Iterator
+from encodings.aliases import aliases as encodings_of_python
 from pathlib import Path
 
 from conf.batch import Layout
@@ -14,19 +16,25 @@ from conf.rules_values import changed, shown
 from conf.schema import Config, SourceConfig
 
 COLUMNS = ("text", "prompt", "completion", "messages")
+FILES = ("path", "eval_path", "max_expansion")
 TAKES: dict[str, tuple[str, ...]] = {
     "stdlib": (),
-    "text": ("path", "eval_path"),
-    "jsonl": ("path", "eval_path", *COLUMNS),
-    "csv": ("path", "eval_path", "delimiter", "header", "quoting", "text", "prompt", "completion"),
-    "parquet": ("path", "eval_path", *COLUMNS),
+    "text": (*FILES, "encoding"),
+    "jsonl": (*FILES, "encoding", *COLUMNS),
+    "csv": (*FILES, "encoding", "delimiter", "header", "quoting", "text", "prompt", "completion"),
+    "parquet": (*FILES, *COLUMNS),
     "hub": ("name", "subset", "split", "eval_split", "revision", *COLUMNS),
-    **dict.fromkeys(("conll", "squad", "lines", "idx", "images"), ("path", "eval_path")),
+    **dict.fromkeys(("conll", "squad", "lines"), (*FILES, "encoding")),
+    "idx": FILES,
+    "images": ("path", "eval_path"),
     **dict.fromkeys(("digits", "line"), ()),
 }
 """Kind of source → the keys that it reads."""
 NEEDS = dict.fromkeys(("text", "jsonl", "csv", "parquet", "conll", "squad", "lines", "idx", "images"), "path")
 NEEDS["hub"] = "name"
+NOT_OF_TEXTS = ("idna", "punycode", "undefined", "unicode_escape", "unicode-escape", "raw_unicode_escape",
+                "raw-unicode-escape", "utf-7")  # fmt: skip
+"""Python's names for ways to write text inside of something else."""
 POSITIONS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 """What transformers' configs call the number of positions."""
 
@@ -164,4 +172,23 @@ def vocabulary(cfg: Config, layout: Layout, env: Environment) -> Iterator[Proble
         yield Problem("data.vocab_size", str(size), rule, f"data.vocab_size={rows}, or model.config.vocab_size={size}")
 
 
-RULES = (required, taken, mixture, columns, held_out, paths, positions, vocabulary)
+def encodings(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """An encoding is one of Python's, of texts."""
+    for where, source in _sources(cfg):
+        if not is_encoding(source.encoding):
+            names = [name.replace("_", "-") for name in encodings_of_python.values() if is_encoding(name)]
+            near = did_you_mean(source.encoding.lower().replace("_", "-"), names) or "utf-8"
+            rule = "no encoding of texts that Python knows"
+            yield Problem(f"{where}.encoding", source.encoding, rule, f"{where}.encoding={near}")
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python decodes texts of this encoding piece by piece, and what comes out is text."""
+    try:
+        found = codecs.lookup(name)
+    except (LookupError, ValueError):  # ValueError: a name with a null character
+        return False
+    return found._is_text_encoding and found.incrementaldecoder is not None and found.name not in NOT_OF_TEXTS
+
+
+RULES = (encodings, required, taken, mixture, columns, held_out, paths, positions, vocabulary)

@@ -34,7 +34,7 @@ IN_WORDS = {
 @cache
 def engine_schema() -> Node:
     """Legal keys, their types, and removed keys with the engine's reasons, of the deepspeed this was generated from."""
-    return json.loads((CONF_DIR / "engine_schema.json").read_text())
+    return json.loads((CONF_DIR / "engine_schema.json").read_text(encoding="utf-8"))
 
 
 def keys(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import PurePosixPath
 from typing import Any
 
 from conf.batch import Layout
@@ -62,6 +65,8 @@ RANGES: dict[str, Range] = {
     "data.held_out": Range(0, 1, open=True),
     "data.max_files": Range(2),
     "data.max_dropped": SHARE,
+    "data.max_expansion": SOME,
+    "data.max_pixels": SOME,
     "train.steps": SOME,
     "train.epochs": POSITIVE,
     "train.activation_checkpointing": ANY_COUNT,
@@ -118,6 +123,10 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 GROUP_OF = {"data.kind": "data", "precision.name": "precision", "scheduler.name": "scheduler"}
 """Where the legal word is better chosen as a group, which also sets the fields that go with it."""
+
+
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, and names of temporary files are longer."""
 
 
 def shown(value: Any) -> str:
@@ -195,4 +204,17 @@ def trackers(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]
         yield Problem("track.to", shown(cfg.track.to), "each tracker once", f"track.to={once}")
 
 
-RULES = (ranges, words, betas, weights, trackers)
+def named(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """A name is one of a folder below `runs`, not a way out of it."""
+    parts = PurePosixPath(cfg.name).parts
+    plain = re.sub(r"[^\w.+-]+", "_", parts[-1] if parts else "").strip(".")
+    nearest = f"name={plain or 'run'}"
+    if not parts or ".." in parts or cfg.name.startswith(("/", "~")):
+        rule = "a name stands for a folder in `runs`, it leads nowhere else (that is for run_dir)"
+        yield Problem("name", cfg.name, rule, nearest)
+    elif not cfg.name.isprintable() or any(len(os.fsencode(part)) > LONGEST_NAME for part in parts):
+        rule = f"a name is of characters that can be printed, {LONGEST_NAME} bytes at most"
+        yield Problem("name", repr(cfg.name)[1:61], rule, nearest[:60])
+
+
+RULES = (ranges, words, named, betas, weights, trackers)

@@ -93,6 +93,12 @@ class SourceConfig:
     """Column names of csv files that have no header line."""
     quoting: bool | None = None
     """Whether fields of csv files may stand in quotation marks; null: yes, but not where tabs delimit them."""
+    encoding: str = "utf-8"
+    """Of files with text: any that Python knows (cp1252, latin-1, utf-16, gb18030, …). A byte order mark is passed
+    over; a byte that does not belong there is refused with file, line and place."""
+    max_expansion: float = 200.0
+    """A file (compressed, or Parquet) that holds more than 64 MiB, and more than so many times its own size, is
+    refused: it was made to fill memory or disk."""
     weight: float = 1.0
     """Share of this source in a mixture, in sequences, relative to the other weights."""
 
@@ -134,6 +140,8 @@ class DataConfig(SourceConfig):
     """Pixels along each side that images are given for a new model whose configuration has no `image_size`
     (convolutional networks: bit, resnet, regnet). null: as the configuration, or the image processor of a pretrained
     model, says."""
+    max_pixels: int = 64_000_000
+    """Largest image that is decoded (images, hub), width × height; a larger one is refused."""
     features: list[str] = field(default_factory=list)
     """Columns with numbers (regression); empty: a text."""
     labels: list[str] | None = None
@@ -310,7 +318,8 @@ class CheckpointConfig:
     """Checkpoints during training: whole ones or none, in run_dir/checkpoints."""
 
     every: int = 0
-    """Save each n optimizer steps and after the last; 0: only when a signal asks for it (SIGTERM, Ctrl-C, SIGUSR1)."""
+    """Save each n optimizer steps and after the last; 0: only when a signal asks for it (SIGTERM, SIGHUP, Ctrl-C,
+    SIGUSR1)."""
     minutes: float | None = None
     """Save when this many minutes have passed since the last one, and after the last step; null: not by the clock."""
     keep: int = 2
@@ -318,8 +327,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many of the best ones by `eval.metric` stay besides; a checkpoint counts with the evaluation of its step."""
     grace_s: float = 25.0
-    """After SIGTERM or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands. The
-    launchers `deepspeed` and `torchrun` kill ranks 30 s after they passed on such a signal."""
+    """After SIGTERM, SIGHUP or Ctrl-C: seconds for the step and its checkpoint; then the last whole checkpoint stands.
+    The launchers `deepspeed` and `torchrun` kill ranks 30 s after they passed on such a signal."""
 
 
 @dataclass
@@ -374,7 +383,7 @@ class Config:
     """One run."""
 
     name: str = "run"
-    """Name of the run, default for `run_dir`."""
+    """Name of the run, of its folder below `runs` unless `run_dir` says otherwise."""
     task: str = "causal_lm"
     """Module of `recipes/` that trains it."""
     run_dir: str = "runs/${name}"

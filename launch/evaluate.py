@@ -27,6 +27,7 @@ from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
 from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
+from launch.runtime.standard_streams import RULE, missing, unbreakable
 
 COMMAND = "launch/evaluate.py"
 ROWS = ("kind", "path", "name", "subset", "split", "revision", "target_path")
@@ -58,9 +59,16 @@ def main(argv: list[str]) -> int:
         rule = "exists already and is never overwritten" if out.exists() else "its folder does not exist"
         raise RequestError(Problem("out", str(out), rule, "out=ANOTHER_FILE"))
 
+    from launch.runtime import processes
+
+    cfg, layout, ranks = request.cfg, request.layout, request.ranks
+    # The engine and its libraries print as they like, from their import on; what is printed here is one line.
+    sys.stdout.flush()
+    answer = unbreakable(os.dup(1), sys.stdout)
+    os.dup2(2, 1)
+    processes.set_environment(ranks, request.device)
     import torch
 
-    from launch.runtime import processes
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import held_out_batches
     from launch.runtime.out_of_memory import DeviceMemoryError, Phase, explaining
@@ -68,15 +76,9 @@ def main(argv: list[str]) -> int:
     from launch.runtime.staged import make_engine
     from recipes.base import Recipe
 
-    cfg, layout, ranks = request.cfg, request.layout, request.ranks
-    # The engine and its libraries print as they like; what is printed here is one line.
-    sys.stdout.flush()
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     logs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     terminal = Terminal(ranks.first)
     try:
-        processes.set_environment(ranks, request.device)
         recipe = prepare(request, terminal, finished=True)
         if said := recipe.said():
             terminal.say(said)
@@ -109,8 +111,11 @@ def main(argv: list[str]) -> int:
     if ranks.first:
         if out is not None:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-            out.write_text("".join(lines))
+            out.write_text("".join(lines), encoding="utf-8")
         print(json.dumps(evaluation.metrics), file=answer, flush=True)
+        if (failure := missing(answer)) is not None:
+            print(f"error: standard output {RULE}: {failure.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 
@@ -126,9 +131,9 @@ def _seen(model: Path, data: DataConfig, rows: str | None) -> Problem | None:
     run = model if (model / "config.yaml").is_file() else model.parent
     if not ((run / "config.yaml").is_file() and (run / "model").is_dir()):
         return None
-    trained = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("data", {})
+    trained = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}).get("data", {})
     summary = run / "summary.json"
-    known = json.loads(summary.read_text()).get("rows") if summary.is_file() else None
+    known = json.loads(summary.read_text(encoding="utf-8")).get("rows") if summary.is_file() else None
     alike = known is not None and known == rows
     there = not any(_place(trained, name) != _place(vars(data), name) for name in ROWS)
     if not (alike or there) or any(getattr(data, name) for name in APART):

@@ -30,7 +30,7 @@ class Cell(Terminal):
         """
         super().capture(log)
         self.console = _plain()
-        sys.stdout = sys.stderr = log.open("a", buffering=1)
+        sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8")
 
     def release(self) -> None:
         sys.stdout, sys.stderr = self._streams
@@ -61,7 +61,7 @@ def run_ranks(overrides: list[str], ranks: int) -> Path:
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         str(Path(__file__).with_name("train.py")), *overrides,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}\n" + "\n".join((done.stdout + done.stderr).splitlines()[-20:]))
     said = [line for line in done.stdout.splitlines() if line.startswith(("step ", "held-out loss"))]

@@ -159,7 +159,7 @@ class Supervisor:
 
     def _rows(self) -> list[dict[str, object]]:
         file = self._run_dir / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def _seen(self) -> int:
@@ -230,4 +230,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, answers=False)

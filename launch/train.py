@@ -71,4 +71,4 @@ def _caused_by_another_rank(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, answers=False)

@@ -274,7 +274,7 @@ def fetch(one: Wanted, target: Target, folder: Path) -> Path:
 def pip(*words: str) -> str:
     """Run pip. Returns "" when all went well, else the last line that tells why."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode == 0:
         return ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]

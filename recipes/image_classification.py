@@ -31,7 +31,7 @@ class ImageClassification(Supervised):
         "images": "recipes.data.images:ImageFolderSource",
         "hub": "recipes.data.hub:HubSource",
     }
-    KEYS = ("image", "image_size", "label", "labels", "target_path", "eval_target_path")
+    KEYS = ("image", "image_size", "label", "labels", "max_pixels", "target_path", "eval_target_path")
     ARRAYS = {"pixels": "uint8", "labels": "int32"}  # noqa: RUF012
     UNUSED = (*Supervised.UNUSED, *NO_TEXT)
     METRICS = {"loss": "min", "accuracy": "max", "macro_f1": "max", "mcc": "max"}  # noqa: RUF012
@@ -51,7 +51,8 @@ class ImageClassification(Supervised):
         from recipes.data.images import pixels
 
         try:
-            content["image"] = pixels(io.BytesIO(value["bytes"]) if value.get("bytes") else Path(value["path"]))
+            file = io.BytesIO(value["bytes"]) if value.get("bytes") else Path(value["path"])
+            content["image"] = pixels(file, self.cfg.data.max_pixels)
         except Exception as error:  # a broken image raises anything, by its format
             return [Problem(where, "", f"column '{columns['image']}' holds no readable image ({error})")]
         return []
@@ -127,9 +128,7 @@ class ImageClassification(Supervised):
         path = self.cfg.model.path
         source = path and (package_folder(path) or path)
         data, model = self.cfg.data, self.cfg.model
-        return ImageProcessor.of_model(
-            source, config, path or str(model.type), data.image_size, model.revision
-        ).shape
+        return ImageProcessor.of_model(source, config, path or str(model.type), data.image_size, model.revision).shape
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {"pixel_values": batch["pixel_values"]}

@@ -147,7 +147,7 @@ class NumberRegression(_Numbers):
     def _of_model(self) -> list[str]:
         """The names of a saved model's features in its order; empty where it has none."""
         file = self._folder / "config.json" if self._folder else None
-        return json.loads(file.read_text()).get("features", []) if file and file.is_file() else []
+        return json.loads(file.read_text(encoding="utf-8")).get("features", []) if file and file.is_file() else []
 
     def set_heads(self, config: PretrainedConfig) -> None:
         super().set_heads(config)

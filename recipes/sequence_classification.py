@@ -76,7 +76,7 @@ class SequenceClassification(TextTask):
     def check_model(self) -> list[Problem]:
         many = self.cfg.data.multi_label
         if self._folder and self.finished:
-            known = json.loads((self._folder / "config.json").read_text()).get("problem_type")
+            known = json.loads((self._folder / "config.json").read_text(encoding="utf-8")).get("problem_type")
             if known in (ONE, MANY) and known != (MANY if many else ONE):
                 rule = f"the model was trained with problem_type={known}"
                 return [Problem("data.multi_label", shown(many), rule, f"data.multi_label={shown(not many)}")]

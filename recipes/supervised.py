@@ -42,7 +42,7 @@ RECORDS["hub"] = "recipes.data.hub:HubSource"
 OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir", "max_dropped")
 GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
-NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped", "revision")
+NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped", "max_expansion", "max_pixels", "revision")
 """Keys of `data` that change no example, or that a source has in its own fingerprint."""
 OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
 """Keys of a source that only language models read, unless a task names them among its own."""

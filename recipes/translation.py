@@ -169,7 +169,7 @@ class Translation(TextTask):
         if self.cfg.data.source_prefix or self._folder is None:
             return []
         languages = getattr(self.tokenizer, "supported_language_codes", None) or []
-        known = json.loads((self._folder / "config.json").read_text()).get("task_specific_params") or {}
+        known = json.loads((self._folder / "config.json").read_text(encoding="utf-8")).get("task_specific_params") or {}
         prefixes = [task["prefix"] for name, task in known.items() if name.startswith(OF_TRANSLATION)]
         if len(languages) < 2 and not (prefixes and self.finished):
             return []

@@ -59,7 +59,14 @@ def properties(context: Context, device: torch.device) -> None:
         nccl=".".join(map(str, torch.cuda.nccl.version())),
     )  # fmt: skip
     try:
-        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
+        said = subprocess.run(
+            ["nvidia-smi"],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
+            stdin=subprocess.DEVNULL,
+        )
         context.row("nvidia-smi", text=said.stdout[-6000:])
     except (OSError, subprocess.SubprocessError) as error:
         context.row("nvidia-smi", note=f"{type(error).__name__}: {error}")

@@ -65,7 +65,7 @@ def made_up(folder: Path) -> Path:
     for name, rows in (("train", 128), ("dev", 16)):
         words = ("good", "bad")
         lines = [f"a {words[i % 2]} film number {name} {i}\t{(i + 1) % 2}\n" for i in range(rows)]
-        (folder / f"{name}.tsv").write_text("".join(lines))
+        (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
@@ -73,7 +73,7 @@ def report(context: Context, name: str, run_dir: Path, *overrides: str) -> None:
     """Run to the end and write down what it says of itself."""
     command = [*overrides, f"device={context.device}", f"data.cache_dir={context.folder / 'cache'}"]
     wall_s = trained(1, run_dir, *command)
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     steps = [row for row in rows_of(run_dir) if "split" not in row]
     seconds = sorted(row["step_s"] for row in steps)
     context.row(
@@ -86,7 +86,7 @@ def report(context: Context, name: str, run_dir: Path, *overrides: str) -> None:
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """The whole rows of metrics.jsonl so far."""
     file = run_dir / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -147,4 +147,4 @@ def last_step(run_dir: Path) -> int:
 
 
 def said(run_dir: Path) -> str:
-    return run_dir.with_suffix(".out").read_text(errors="replace")[-700:]
+    return run_dir.with_suffix(".out").read_text(errors="replace", encoding="utf-8")[-700:]

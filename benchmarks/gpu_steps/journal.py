@@ -40,7 +40,7 @@ def append(file: Path, row: Row) -> None:
 def read(file: Path) -> list[Row]:
     """All whole rows; one that was cut off is left out."""
     rows = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+    for line in file.read_text(errors="replace", encoding="utf-8").splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             rows += [row] if isinstance(row, dict) else []
@@ -80,7 +80,7 @@ def _gpu() -> str:
         return "cuda"
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout
+        answer = subprocess.run(ask, capture_output=True, encoding="utf-8", errors="replace", timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return "cuda"
     return (answer.splitlines() or ["cuda"])[0].strip()

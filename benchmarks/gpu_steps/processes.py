@@ -107,7 +107,7 @@ class Child:
         """Its output's end, behind a heading, unless the log is full."""
         text = f"\n==== {self.sub_step.key}, exit code {self.code()}\n{self.output()}"
         if (file.stat().st_size if file.is_file() else 0) + len(text.encode()) < LOG_BYTES:
-            with file.open("a") as log:
+            with file.open("a", encoding="utf-8") as log:
                 log.write(text)
 
 

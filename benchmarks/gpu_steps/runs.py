@@ -189,7 +189,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
         else:
             try:
-                Path("/proc/self/clear_refs").write_text("5")
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             except OSError:
                 self._resets = False
 
@@ -197,7 +197,7 @@ class Peak:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         if self._resets:
-            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
             if found:
                 return int(found.group(1)) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

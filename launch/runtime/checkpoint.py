@@ -58,7 +58,7 @@ def read(folder: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises RequestError (resume) where there is none, or its manifest is damaged."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         known = manifest["format"]
         int(manifest["step"]), manifest["files"], manifest["tensors"], manifest["layout"], manifest["config"]
     except FileNotFoundError:

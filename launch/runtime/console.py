@@ -7,10 +7,12 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from launch.runtime.standard_streams import unbreakable
 
 TAIL_LINES = 20
 LINE_EVERY_S = 10.0
@@ -23,8 +25,8 @@ class Terminal:
     def __init__(self, first: bool):
         self.first = first
         self._log: Path | None = None
-        self._out: IO[str] = sys.stdout
-        self.error: IO[str] = sys.stderr
+        self._out: TextIO = sys.stdout
+        self.error: TextIO = sys.stderr
         self._saved: tuple[int, int] | None = None
         self.console = Console(file=self._out, quiet=not first, highlight=False, soft_wrap=True)
 
@@ -34,8 +36,8 @@ class Terminal:
         sys.stderr.flush()
         self._log = log
         self._saved = (os.dup(1), os.dup(2))
-        self._out = os.fdopen(os.dup(self._saved[0]), "w", buffering=1)
-        self.error = os.fdopen(os.dup(self._saved[1]), "w", buffering=1)
+        self._out = unbreakable(os.dup(self._saved[0]), sys.stdout, closes=True)
+        self.error = unbreakable(os.dup(self._saved[1]), sys.stderr, closes=True)
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
@@ -65,7 +67,7 @@ class Terminal:
             return ""
         sys.stdout.flush()
         sys.stderr.flush()
-        with self._log.open(errors="replace") as file:
+        with self._log.open(errors="replace", encoding="utf-8") as file:
             lines = deque(file, TAIL_LINES)
         return f"last lines of {self._log}:\n" + "".join(f"  {line}" for line in lines)
 

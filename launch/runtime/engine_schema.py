@@ -250,4 +250,4 @@ def as_text(schema: Node) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(as_text(engine_schema()))
+    FILE.write_text(as_text(engine_schema()), encoding="utf-8")

@@ -135,9 +135,9 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
             if file.is_file() and ".safetensors" not in file.name:
                 shutil.copy(file, scratch / file.name)
         if dtype is not None:
-            config = json.loads((scratch / "config.json").read_text())
+            config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
             config["dtype"] = str(dtype).removeprefix("torch.")
-            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     try:
         _write(stream(), sizes, folder, describe, lambda held: held, True, shard_bytes)
@@ -182,7 +182,9 @@ def _write(
     if first:
         if len(plan) > 1:
             listing = {"metadata": {"total_size": total}, "weight_map": index}
-            (scratch / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2) + "\n")
+            (scratch / "model.safetensors.index.json").write_text(
+                json.dumps(listing, indent=2) + "\n", encoding="utf-8"
+            )
         describe(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)

@@ -1,4 +1,7 @@
-"""SIGTERM, Ctrl-C and SIGUSR1 in a run: a step is finished, a checkpoint written, and the exit code says resume me."""
+"""Signals that stop a run (SIGTERM, Ctrl-C, the SIGHUP of a terminal that goes away), or ask it for a checkpoint.
+
+A step is finished, a checkpoint written, and the exit code says resume me.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (*STOPPING, signal.SIGUSR1)
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run stopped before its end, and `resume=auto` continues it."""
 TOGETHER_S = 2.0
@@ -69,7 +73,8 @@ class Wishes:
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         deadline = threading.Thread(target=self._wait, args=(ours,), name="deadline", daemon=True)
         deadline.start()
-        before = {number: signal.signal(number, self) for number in SIGNALS}
+        heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, self) for number in heard}
         try:
             yield
         except Exception as error:
@@ -88,7 +93,7 @@ class Wishes:
     def _wait(self, numbers: socket.socket) -> None:
         """Let the deadline of a wish to stop pass, unless the block ends before."""
         while received := numbers.recv(1):
-            if received[0] in (signal.SIGTERM, signal.SIGINT):
+            if received[0] in STOPPING:
                 break
         else:
             return

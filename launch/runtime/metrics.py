@@ -85,7 +85,10 @@ class Csv(Tracker):
     """metrics.csv with the training rows and evaluations.csv with the others, for spreadsheets."""
 
     def __init__(self, run_dir: Path, cfg: Config, config: dict[str, Any]):
-        self._files = {name: (run_dir / f"{name}.csv").open("w", newline="") for name in ("metrics", "evaluations")}
+        self._files = {
+            name: (run_dir / f"{name}.csv").open("w", newline="", encoding="utf-8")
+            for name in ("metrics", "evaluations")
+        }
         self._writers: dict[str, csv.DictWriter] = {}
 
     def begin(self, rows: list[Row]) -> None:
@@ -140,7 +143,9 @@ class MetricsLog:
             self._failure(error)
 
     def _cut(self, rows: int, step: int) -> None:
-        lines = self._path.read_text().splitlines(keepends=True) if rows and self._path.is_file() else []
+        lines = (
+            self._path.read_text(encoding="utf-8").splitlines(keepends=True) if rows and self._path.is_file() else []
+        )
         lines = ([] if self._stale else [line for line in lines if line.endswith("\n")]) + self._waiting
         self._waiting = [line for line in lines[:rows] if json.loads(line)["step"] <= step]
         self._stale = True
@@ -154,7 +159,7 @@ class MetricsLog:
     def _replace(self) -> None:
         """Put the rows that wait in the place of those in the file."""
         scratch = self._path.with_name(f".{self._path.name}.tmp")
-        scratch.write_text("".join(self._waiting))
+        scratch.write_text("".join(self._waiting), encoding="utf-8")
         scratch.replace(self._path)
         self._waiting, self._stale, self._failed = [], False, False
 
@@ -174,7 +179,7 @@ class MetricsLog:
                 self._replace()
                 return
             # Opened for each row: the file may be gone. One write of whole lines: a crash leaves no half row.
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(self._waiting))
             self._waiting.clear()
             self._failed = False

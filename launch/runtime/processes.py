@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import resource
 import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import Problem, RequestError
+
+MOST_FILES = 65536
+FILES_OF_A_RANK, FILES_OF_A_PAIR = 56, 4
+"""Measured with the quickstart, on one and two ranks (gloo has a connection for each pair of ranks and each group)."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,30 @@ def check_port(ranks: Ranks) -> None:
             raise RequestError(Problem("--master_port", port, rule, nearest)) from None
 
 
+def allow_files(ranks: Ranks) -> None:
+    """Let this process open as many files as it may. Raises RequestError (ulimit -n) where that is too few.
+
+    Shells start with soft limits of 1024 or less, meant for select(2); sockets of ranks and shards of models are files.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or soft < hard):
+        more = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+        with contextlib.suppress(OSError, ValueError):  # macOS has another limit beside it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, more), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    least = FILES_OF_A_RANK + FILES_OF_A_PAIR * ranks.world
+    if soft != resource.RLIM_INFINITY and soft < least:
+        rule = f"a process may open so few files here; one of {ranks.world} ranks opens up to {least}"
+        raise RequestError(Problem("ulimit -n", str(soft), rule, "ulimit -n 1024, or a higher hard limit"))
+
+
 def set_environment(ranks: Ranks, device: str) -> None:
     """Complete the rendezvous variables of a plain `python` start and choose the engine's accelerator.
 
     Must run before deepspeed is imported: it settles on an accelerator then.
     """
     os.environ["DS_ACCELERATOR"] = device
+    allow_files(ranks)
     # The engine builds its offload kernels with the ninja of this environment, activated or not.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if ranks.world == 1:
@@ -91,6 +115,7 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     import torch
 
     from launch.runtime import patches
+    from launch.runtime.rendezvous import meeting_place
 
     if device == "cuda" and ranks.local_rank >= torch.cuda.device_count():
         rule = f"this machine has {torch.cuda.device_count()} GPUs for {ranks.local_world} ranks"
@@ -103,7 +128,12 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         patches.no_shared_memory_kernel()
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=backend,
+            auto_mpi_discovery=False,
+            verbose=False,
+            init_method=meeting_place(ranks.rank, ranks.world, ranks.local_world),
+        )
     return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
 
 

@@ -15,6 +15,7 @@ from conf.compose import compose, hydra_passthrough, recipe_listing
 from conf.environment import Environment, detect
 from conf.errors import Problem, RequestError
 from conf.schema import Config
+from launch.runtime import standard_streams
 from launch.runtime.processes import Ranks, must_exit, ranks_from_environment
 from recipes import recipe_class
 
@@ -90,11 +91,35 @@ def _standing_somewhere(argv: list[str]) -> list[str]:
     return argv
 
 
-def run_command(main: Callable[[list[str]], int]) -> None:
-    """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else."""
+def _readable(argv: list[str]) -> list[str]:
+    """The arguments, if they are text, and their `~` leads somewhere. Raises RequestError."""
+    problems = []
+    if os.path.expanduser("~") == "~":  # no HOME, and a user that the machine has no entry of
+        os.environ["HOME"] = "/nonexistent"  # as Debian calls it; what cannot be written there says so by its key
+    for word in argv:
+        key, _, value = word.partition("=")
+        shown = value.encode("utf-8", "backslashreplace").decode()
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            rule = "is not UTF-8, which names of files are here"
+            problems.append(Problem(key.encode("utf-8", "backslashreplace").decode(), shown, rule, "another name"))
+        elif (path := value.strip("'\"")).startswith("~") and os.path.expanduser(path) == path:
+            user = path.partition("/")[0][1:]
+            problems.append(Problem(key, value, f"there is no user '{user}'", f"{key}=\"'/home/…'\""))
+    if problems:
+        raise RequestError(problems)
+    return argv
+
+
+def run_command(main: Callable[[list[str]], int], answers: bool = True) -> None:
+    """Run a command's `main(argv)` and exit: 0 done, 2 the request is wrong, 1 anything else.
+
+    answers: what it prints is what it is for, and it has failed where that could not be written.
+    """
+    standard_streams.in_utf8()
+    standard_streams.secure()
     ranks = ranks_from_environment()
     try:
-        code = main(_standing_somewhere(sys.argv[1:]))
+        code = main(_standing_somewhere(_readable(sys.argv[1:])))
     except RequestError as error:
         if not ranks.first:
             # Rank 0 says the same and the launcher ends this one meanwhile. If not, only this rank was refused: say it.
@@ -111,6 +136,9 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
+    if answers and code == 0 and (failure := standard_streams.missing(sys.stdout)) is not None:
+        print(f"error: standard output {standard_streams.RULE}: {failure.strerror}", file=sys.stderr)
+        code = 1
     sys.stderr.flush()
     if must_exit():
         os._exit(code)

@@ -70,14 +70,14 @@ class RunDir:
     def append_json(self, name: str, row: Any) -> None:
         """Add a line to a small file of them."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)  # it may be gone, hours after the start
         scratch = self.path / f".{name}.tmp"
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         scratch.replace(self.path / name)
 
 

@@ -143,7 +143,7 @@ class Saving:
         for receipt in receipts:
             tensors |= receipt["tensors"]
         files = {receipt["file"]: receipt["facts"] for receipt in receipts}
-        with (pending.scratch / MANIFEST).open("w") as file:
+        with (pending.scratch / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump({**pending.head, "tensors": tensors, "files": files}, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())

@@ -249,7 +249,7 @@ def _train(
             metrics.close()
     if first and not predictions and (run_dir.path / "predictions.jsonl").is_file():
         # Of the model that was kept before this run was resumed.
-        predictions = [json.loads(line) for line in (run_dir.path / "predictions.jsonl").open()]
+        predictions = [json.loads(line) for line in (run_dir.path / "predictions.jsonl").open(encoding="utf-8")]
     summary = {
         "name": cfg.name,
         "steps": outcome.step,
@@ -278,7 +278,7 @@ def _kept(metrics: Path, cfg: Config, recipe: Recipe) -> int | None:
     name = cfg.eval.metric
     if name is None or not metrics.is_file():
         return None
-    whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     rows = [row for row in map(json.loads, whole) if "split" in row and name in row]
     sign = 1 if recipe.METRICS[name] == "max" else -1
     return int(max(rows, key=lambda row: sign * row[name])["step"]) if rows else None

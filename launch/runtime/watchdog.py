@@ -80,12 +80,12 @@ class Watchdog:
     def _end(self) -> None:
         try:
             scratch = self._file(self._rank).with_suffix(".tmp")
-            scratch.write_text(json.dumps(asdict(self._note())))
+            scratch.write_text(json.dumps(asdict(self._note())), encoding="utf-8")
             scratch.replace(self._file(self._rank))
             end = time.monotonic() + PATIENCE_S
             while time.monotonic() < end and not all(self._file(rank).exists() for rank in range(self._world)):
                 time.sleep(POLL_S / 4)
-            notes = [Note(**json.loads(self._file(rank).read_text()))
+            notes = [Note(**json.loads(self._file(rank).read_text(encoding="utf-8")))
                      for rank in range(self._world) if self._file(rank).exists()]  # fmt: skip
         except (OSError, ValueError):  # no disk: each for itself
             notes = [self._note()]

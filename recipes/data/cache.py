@@ -53,6 +53,7 @@ FORMAT_KEYS = (
     "delimiter",
     "header",
     "quoting",
+    "encoding",
     "subset",
     "split",
     "eval_split",

@@ -63,7 +63,7 @@ def class_names(folder: Path) -> list[str] | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    known = json.loads(file.read_text()).get("id2label") or {}
+    known = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
     try:
         return [str(known[number]) for number in sorted(known, key=int)] or None
     except (ValueError, TypeError):

@@ -14,6 +14,7 @@ from recipes.data.changes import PASSED_OVER
 from recipes.data.readers import _lines
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import FileSource, held_out_row
+from recipes.data.streams import FileFormat
 
 FIRST_TAGS = 100
 """Tags (without `O`) that decide whether there are entities or plain tags: one odd tag at the top decides nothing."""
@@ -87,7 +88,7 @@ class ConllSource(FileSource):
         for split, files in splits:
             for _, path in files:
                 start = meter.done
-                for line, tokens, tags in read_conll(path, self.columns, entities, problems, meter):
+                for line, tokens, tags in read_conll(path, self.form, self.columns, entities, problems, meter):
                     held_out = held_out_row(index, self.held_out) if by_row else split
                     yield Row(f"{path}:{line}", held_out, {"tokens": tokens, "tags": tags})
                     index += 1
@@ -119,8 +120,10 @@ class ConllSource(FileSource):
         if self._column_problems():
             return
         for path in paths:
-            for _, tokens, _ in read_conll(path, self.columns, False, problems, Meter()):
-                if _shape(path).is_universal and tokens == [str(number + 1) for number in range(len(tokens))]:
+            for _, tokens, _ in read_conll(path, self.form, self.columns, False, problems, Meter()):
+                if _shape(path, self.form).is_universal and tokens == [
+                    str(number + 1) for number in range(len(tokens))
+                ]:
                     rule = f"{path} is CoNLL-U, whose first column numbers the words"
                     nearest = f"{self.key}.tokens=1 {self.key}.label=3"
                     problems.add(Problem(f"{self.key}.tokens", self._column_keys()[0][1], rule, nearest))
@@ -132,7 +135,9 @@ class ConllSource(FileSource):
     def _holds_entities(self, paths: list[Path]) -> bool:
         """Whether any of the first tags has a prefix; reads no further than they go."""
         unheard = Problems()  # the same lines are read again, and then reported
-        sentences = (row for path in paths for row in read_conll(path, self.columns, False, unheard, Meter()))
+        sentences = (
+            row for path in paths for row in read_conll(path, self.form, self.columns, False, unheard, Meter())
+        )
         try:
             first = list(islice((tag for *_, tags in sentences for tag in tags if tag != "O"), FIRST_TAGS))
         except RequestError:
@@ -140,18 +145,20 @@ class ConllSource(FileSource):
         return any(is_entity_tag(tag) for tag in first)
 
 
-def read_conll(path: Path, columns: Columns, entities: bool, problems: Problems, meter: Meter) -> Iterator[Sentence]:
+def read_conll(
+    path: Path, form: FileFormat, columns: Columns, entities: bool, problems: Problems, meter: Meter
+) -> Iterator[Sentence]:
     """The sentences of one file without a broken line; the broken lines go to `problems`.
 
     entities: tags other than those of `is_entity_tag` are broken.
     A line that starts with `# ` is a comment (counted in `meter`) when it has too few columns, or another number of
     columns than the first line with a token: `#` is a token of real text, too.
     """
-    shape = _shape(path)
+    shape = _shape(path, form)
     first, broken = 0, False
     tokens: list[str] = []
     tags: list[str] = []
-    for number, line in _lines(path, problems, meter):
+    for number, line in _lines(path, form, problems, meter):
         if not line.strip() or line.startswith("-DOCSTART-"):
             if tokens and not broken:
                 yield first, tokens, tags
@@ -175,9 +182,9 @@ def read_conll(path: Path, columns: Columns, entities: bool, problems: Problems,
         yield first, tokens, tags
 
 
-def _shape(path: Path) -> _Shape:
+def _shape(path: Path, form: FileFormat) -> _Shape:
     """That of the first line with a token; lines that may be comments have no say."""
-    for _, line in _lines(path, Problems(), Meter()):
+    for _, line in _lines(path, form, Problems(), Meter()):
         if line.strip() and not line.startswith(("-DOCSTART-", "# ")):
             tabs = "\t" in line.rstrip(" \t\r\n")
             return _Shape(tabs, len(_Shape(tabs, 0).split(line)))

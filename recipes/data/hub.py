@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,9 @@ class HubSource(Source):
     def _load(self, key: str, split: str) -> Any:
         if not Path(self.name).exists():
             offline_without_network()
+        import datasets
+
+        self._check_cache(Path(datasets.config.HF_DATASETS_CACHE))
         try:
             return hub.dataset(self.name, self.config.subset, split, revision=self.config.revision)
         except (ConnectionError, FileNotFoundError, OSError) as error:
@@ -92,6 +97,16 @@ class HubSource(Source):
             rule = f"this data set cannot be read ({_first_line(error)})"
             nearest = "a copy of it in Parquet: many sets that were scripts have one, under another owner"
             raise RequestError(Problem(f"{self.key}.name", self.name, rule, nearest)) from error
+
+    def _check_cache(self, cache: Path) -> None:
+        """`datasets` writes each set down in its own format before a row is read."""
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            if not os.access(cache, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            rule = f"data sets of the hub cannot be kept there ({error.strerror})"
+            raise RequestError(Problem("HF_HOME", str(cache), rule, "HF_HOME=FOLDER on a writable disk")) from error
 
     def _wrong_choice(self, key: str, split: str, message: str) -> Problem:
         """`datasets` says what there is in brackets: Unknown split "x". Should be one of ['train', 'test']."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 import importlib.metadata
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import numpy as np
 
 from conf.errors import Problem, RequestError, did_you_mean
+from conf.schema import DataConfig
 from recipes.data.changes import PASSED_OVER
-from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _first_line, open_bytes
+from recipes.data.readers import _first_line
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import FileSource, Source, _hash, find_files, held_out_row
+from recipes.data.streams import BrokenFileError, FileFormat, open_bytes
 
 IDX_LABELS, IDX_GREY, IDX_COLOUR = 0x00000801, 0x00000803, 0x00000804
 """First four bytes: unsigned bytes in 1 (N), 3 (N×H×W) or 4 (N×H×W×C) dimensions."""
@@ -66,7 +69,7 @@ class IdxSource(FileSource):
             if len(paths) == 2:
                 problems = Problems()
                 try:
-                    shape = _check_pair(paths[0], paths[1], problems, whole=False)
+                    shape = _check_pair(paths[0], paths[1], self.form, problems, whole=False)
                 except OSError as error:
                     found.append(Problem(str(error.filename or paths[0]), "", f"cannot be read ({error.strerror})"))
                     continue
@@ -87,10 +90,10 @@ class IdxSource(FileSource):
         by_index = self.config.eval_path is None
         for split in (False,) if by_index else (False, True):
             (_, images), (_, labels) = self.files(split)
-            shape = _check_pair(images, labels, problems, whole=True)
+            shape = _check_pair(images, labels, self.form, problems, whole=True)
             start = meter.done
             if shape is not None:
-                for index, (image, label) in enumerate(_read_pair(images, labels, shape, meter)):
+                for index, (image, label) in enumerate(_read_pair(images, labels, self.form, shape, meter)):
                     held_out = held_out_row(index, self.held_out) if by_index else split
                     yield Row(f"{images}:{index + 1}", held_out, {"image": image, "label": str(label)})
             meter.done = start + images.stat().st_size + labels.stat().st_size
@@ -114,6 +117,8 @@ class ImageFolderSource(FileSource):
     Without `eval_path` the split is by file (by the hash of its relative name), except that a class with one image
     only trains, and that one image of each class always does.
     """
+
+    config: DataConfig
 
     def files(self, held_out: bool) -> list[tuple[str, Path]]:
         """(CLASS/…/NAME, file), sorted. Raises RequestError when there is no image."""
@@ -143,10 +148,13 @@ class ImageFolderSource(FileSource):
                     meter.note(PASSED_OVER, "files that are no images", str(other))
             for name, path in files:
                 label, folder, _ = name.partition("/")
+                if not label.isprintable():  # half a character, of another encoding than UTF-8
+                    problems.add(Problem(str(path), "", "the name of its class is not text in UTF-8", "another name"))
+                    continue
                 if not folder:
                     problems.add(_classless(path))
                     continue
-                image = _read_image(path, problems)
+                image = _read_image(path, self.config.max_pixels, problems)
                 meter.done += path.stat().st_size
                 if image is not None:
                     yield Row(str(path), split or name in set_aside, {"image": image, "label": label})
@@ -219,11 +227,20 @@ def _classless(path: Path) -> Problem:
     return Problem(str(path), "", "lies in no folder of a class", "FOLDER/CLASS/NAME, and FOLDER as the path")
 
 
-def pixels(file: Path | BinaryIO) -> np.ndarray:
-    """(H, W, 1 or 3) uint8: grey (Pillow's mode "L", or 16 bits) or RGB. Raises whatever Pillow does."""
+def pixels(file: Path | BinaryIO, max_pixels: int) -> np.ndarray:
+    """(H, W, 1 or 3) uint8: grey (Pillow's mode "L", or 16 bits) or RGB. Raises whatever Pillow does.
+
+    And BrokenFileError for an image of more pixels, before any of them is decoded.
+    """
     from PIL import Image, ImageOps
 
-    with Image.open(file) as opened:
+    with _without_limit(), Image.open(file) as opened:
+        width, height = opened.size
+        if width * height > max_pixels:
+            rule = f"{width} × {height} pixels, more than data.max_pixels={max_pixels}"
+            raise BrokenFileError(
+                rule, f"a smaller copy, or data.max_pixels={width * height} for an image that you know"
+            )
         image = ImageOps.exif_transpose(opened)
         if image.mode in ("I", "F"):
             raise ValueError(f"its values are of mode {image.mode} (32 bits), of no known range; save 8 or 16 bits")
@@ -233,12 +250,26 @@ def pixels(file: Path | BinaryIO) -> np.ndarray:
         return array if array.ndim == 3 else array[..., None]
 
 
-def _read_image(path: Path, problems: Problems) -> np.ndarray | None:
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Pillow 12 warns of images above a limit of its own, and refuses those of twice as many pixels."""
+    from PIL import Image
+
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _read_image(path: Path, max_pixels: int, problems: Problems) -> np.ndarray | None:
     """`pixels` of a file; None (and a problem) for one that Pillow cannot read."""
     from PIL import UnidentifiedImageError
 
     try:
-        return pixels(path)
+        return pixels(path, max_pixels)
+    except BrokenFileError as error:
+        problems.add(error.problem(path))
     except UnidentifiedImageError:
         problems.add(Problem(str(path), "", "not an image that Pillow can read"))
     except Exception as error:  # a broken file raises anything from SyntaxError to struct.error, by its format
@@ -246,13 +277,15 @@ def _read_image(path: Path, problems: Problems) -> np.ndarray | None:
     return None
 
 
-def _check_pair(images: Path, labels: Path, problems: Problems, whole: bool) -> tuple[int, int, int, int] | None:
+def _check_pair(
+    images: Path, labels: Path, form: FileFormat, problems: Problems, whole: bool
+) -> tuple[int, int, int, int] | None:
     """(N, H, W, C) of two IDX files that belong together; None (and problems) where they are wrong.
 
     whole: also run through compressed files, whose size does not show otherwise.
     """
-    shape = _check_idx(images, (IDX_GREY, IDX_COLOUR), problems, whole)
-    count = _check_idx(labels, (IDX_LABELS,), problems, whole)
+    shape = _check_idx(images, form, (IDX_GREY, IDX_COLOUR), problems, whole)
+    count = _check_idx(labels, form, (IDX_LABELS,), problems, whole)
     if shape is None or count is None:
         return None
     if shape[0] != count[0]:
@@ -268,9 +301,11 @@ def _check_pair(images: Path, labels: Path, problems: Problems, whole: bool) -> 
     return shape[0], shape[1], shape[2], channels
 
 
-def _check_idx(path: Path, magics: tuple[int, ...], problems: Problems, whole: bool) -> tuple[int, ...] | None:
+def _check_idx(
+    path: Path, form: FileFormat, magics: tuple[int, ...], problems: Problems, whole: bool
+) -> tuple[int, ...] | None:
     """The dimensions of an IDX file; None (and a problem) for another format, or a size that is not the header's."""
-    stream, raw = open_bytes(path)
+    stream, raw = open_bytes(path, form)
     try:
         with raw, stream:
             start = stream.read(4)
@@ -285,8 +320,8 @@ def _check_idx(path: Path, magics: tuple[int, ...], problems: Problems, whole: b
             if zipped and shape and not whole:
                 return shape
             found = _length(stream) + 4 + len(header) if zipped else path.stat().st_size
-    except BROKEN_GZIP as error:
-        problems.add(_broken_gzip(path, error))
+    except BrokenFileError as error:
+        problems.add(error.problem(path))
         return None
     expected = 4 + 4 * dimensions
     for_shape = "its header"
@@ -321,13 +356,13 @@ def _length(stream: IO[bytes]) -> int:
 
 
 def _read_pair(
-    images: Path, labels: Path, shape: tuple[int, int, int, int], meter: Meter
+    images: Path, labels: Path, form: FileFormat, shape: tuple[int, int, int, int], meter: Meter
 ) -> Iterator[tuple[np.ndarray, int]]:
     """((H, W, C) uint8, label) of two files that `_check_pair` found whole."""
     count, *pixels = shape
     size, start = int(np.prod(pixels)), meter.done
-    image_stream, image_raw = open_bytes(images)
-    label_stream, label_raw = open_bytes(labels)
+    image_stream, image_raw = open_bytes(images, form)
+    label_stream, label_raw = open_bytes(labels, form)
     with image_raw, image_stream, label_raw, label_stream:
         image_stream.read(_header_bytes(image_stream))
         label_stream.read(8)

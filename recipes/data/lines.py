@@ -8,9 +8,10 @@ from pathlib import Path
 
 from conf.errors import Problem
 from conf.schema import DataConfig
-from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _lines, open_bytes
+from recipes.data.readers import _lines
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import FileSource, find_files, held_out_row
+from recipes.data.streams import BrokenFileError, FileFormat, open_text
 
 SIDES = {"path": "target_path", "eval_path": "eval_target_path"}
 """Key of the text to translate → key of its translation."""
@@ -61,7 +62,7 @@ class LinesSource(FileSource):
             if unpaired:
                 continue
             for (_, source), (_, target) in zip(self._side(name), self._side(SIDES[name]), strict=True):
-                for number, left, right in pairs(source, target, self.fields, problems, meter):
+                for number, left, right in pairs(source, target, self.form, self.fields, problems, meter):
                     aside = held_out_row(index, self.held_out) if by_row else bool(held_out)
                     yield Row(f"{source}:{number}", aside, {"source": left, "target": right})
                     index += 1
@@ -80,14 +81,14 @@ class LinesSource(FileSource):
 
 
 def pairs(
-    source: Path, target: Path, fields: Fields, problems: Problems, meter: Meter
+    source: Path, target: Path, form: FileFormat, fields: Fields, problems: Problems, meter: Meter
 ) -> Iterator[tuple[int, str, str]]:
     """(line number, line of `source`, line of `target`) where both decode and neither is blank.
 
     Files of different length are one problem, found before the first pair: every pair after the missing line would be
     a wrong one.
     """
-    left_lines, right_lines = count_lines(source, problems), count_lines(target, problems)
+    left_lines, right_lines = count_lines(source, form, problems), count_lines(target, form, problems)
     if left_lines is None or right_lines is None:
         return
     start, size = meter.done, source.stat().st_size + target.stat().st_size
@@ -96,9 +97,9 @@ def pairs(
         problems.add(Problem(str(source), "", rule, "a blank line where a translation is missing"))
         return
     left_meter, right_meter = Meter(), Meter()
-    right = _lines(target, problems, right_meter)
+    right = _lines(target, form, problems, right_meter)
     at, translation = 0, ""
-    for number, text in _lines(source, problems, left_meter):
+    for number, text in _lines(source, form, problems, left_meter):
         while at < number:
             at, translation = next(right, (sys.maxsize, ""))
         meter.done = start + left_meter.done + right_meter.done
@@ -116,16 +117,16 @@ def pairs(
     meter.done = start + size
 
 
-def count_lines(path: Path, problems: Problems) -> int | None:
-    """Lines of a file, whatever they hold, also a last one without an end; None (and a problem) for damaged gzip."""
-    stream, raw = open_bytes(path)
+def count_lines(path: Path, form: FileFormat, problems: Problems) -> int | None:
+    """Lines of a file, whatever they hold, also a last one without an end; None (and a problem) for a damaged file."""
+    stream, raw = open_text(path, form)
     count, last = 0, b"\n"
     with raw, stream:
         try:
             while block := stream.read(1 << 20):
                 count += block.count(b"\n")
                 last = block[-1:]
-        except BROKEN_GZIP as error:
-            problems.add(_broken_gzip(path, error))
+        except BrokenFileError as error:
+            problems.add(error.problem(path))
             return None
     return count + (last != b"\n")

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import tokenize
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from conf.errors import Problem, did_you_mean
 from conf.schema import SourceConfig
 from recipes.data.rows import Fields, Meter, Problems, value_of
+from recipes.data.streams import BrokenFileError, FileFormat, broken_utf8, open_text, refuse_expansion
 
-GZIP_MAGIC = b"\x1f\x8b"
-BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+PARQUET_ROWS = 256
+"""Rows read at once."""
 Record = tuple[int, dict[str, Any]]
 """(line or row number counted from 1, columns)."""
 
 
-def open_bytes(path: Path) -> tuple[IO[bytes], IO[bytes]]:
-    """(decompressed stream, raw file): the position of the raw file tells how far reading has come."""
-    raw = path.open("rb")
-    zipped = raw.read(2) == GZIP_MAGIC
-    raw.seek(0)
-    return (gzip.GzipFile(fileobj=raw) if zipped else raw), raw  # type: ignore[return-value]
-
-
-def read_document(path: Path, problems: Problems) -> str | None:
-    """The whole file as UTF-8 text; None (and a problem) when it cannot be read."""
-    stream, raw = open_bytes(path)
+def read_document(path: Path, form: FileFormat, problems: Problems) -> str | None:
+    """The whole file as text; None (and a problem) when it cannot be read."""
+    stream, raw = open_text(path, form)
     try:
         with raw, stream:
             data = stream.read()
-    except BROKEN_GZIP as error:
-        problems.add(_broken_gzip(path, error))
+    except BrokenFileError as error:
+        problems.add(error.problem(path))
         return None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        problems.add(_broken_utf8(f"{path}:{line}", error, f"byte {error.start} of the file"))
+        problems.add(broken_utf8(f"{path}:{line}", error, f"byte {error.start} of the file", form))
         return None
 
 
@@ -56,13 +47,13 @@ def read_python(path: Path) -> str | None:
 
 
 def read_records(
-    kind: str, path: Path, source: SourceConfig, fields: Fields, problems: Problems, meter: Meter
+    path: Path, source: SourceConfig, form: FileFormat, fields: Fields, problems: Problems, meter: Meter
 ) -> Iterator[Record]:
     """Good rows of a jsonl, csv or parquet file as in `good_rows`; `meter` follows the position in the file."""
-    if kind == "parquet":
-        records = _parquet(path, fields, problems, meter)
+    if source.kind == "parquet":
+        records = _parquet(path, form, fields, problems, meter)
     else:
-        records = {"jsonl": _jsonl, "csv": _csv}[kind](path, source, problems, meter)
+        records = {"jsonl": _jsonl, "csv": _csv}[source.kind](path, source, form, problems, meter)
     return good_rows(records, str(path), fields, problems, meter)
 
 
@@ -107,40 +98,42 @@ def good_rows(
         yield number, content | {name: record[name] for name in fields.also if name in record}
 
 
-def first_columns(kind: str, path: Path, source: SourceConfig, problems: Problems) -> list[str] | None:
+def first_columns(path: Path, source: SourceConfig, form: FileFormat, problems: Problems) -> list[str] | None:
     """Columns of the first row (jsonl), the header (csv) or the schema (parquet); None when the file has no row."""
-    if kind == "parquet":
-        file = _open_parquet(path, problems)
+    if source.kind == "parquet":
+        file = _open_parquet(path, form, problems)
         return None if file is None or file.metadata.num_rows == 0 else list(file.schema_arrow.names)
-    if kind == "csv" and source.header:
+    if source.kind == "csv" and source.header:
         return source.header
-    if kind == "csv":
-        lines = (text for _, text in _lines(path, problems, Meter()))
+    if source.kind == "csv":
+        lines = (text for _, text in _lines(path, form, problems, Meter()))
         try:
             header = next(csv.reader(lines, delimiter=delimiter(source), quoting=quoting(source), strict=True), None)
         except csv.Error as error:
             problems.add(Problem(f"{path}:1", "", f"not a CSV header ({error})"))
             return None
         return header
-    for _, record in _jsonl(path, source, problems, Meter()):
+    for _, record in _jsonl(path, source, form, problems, Meter()):
         return list(record)
     return None
 
 
-def _lines(path: Path, problems: Problems, meter: Meter) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, form: FileFormat, problems: Problems, meter: Meter) -> Iterator[tuple[int, str]]:
     """(line number, line with its end), decoded line by line, so that a broken one does not hide the rest."""
-    stream, raw = open_bytes(path)
-    start = meter.done
+    stream, raw = open_text(path, form)
+    start, before = meter.done, 0
     with raw, stream:
         try:
             for number, line in enumerate(stream, 1):
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    problems.add(_broken_utf8(f"{path}:{number}", error, f"byte {error.start} of the line"))
+                    place = f"byte {error.start} of the line, {before + error.start} of the file"
+                    problems.add(broken_utf8(f"{path}:{number}", error, place, form))
+                before += len(line)
                 meter.done = start + raw.tell()
-        except BROKEN_GZIP as error:
-            problems.add(_broken_gzip(path, error))
+        except BrokenFileError as error:
+            problems.add(error.problem(path))
 
 
 class _TwiceError(ValueError):
@@ -155,8 +148,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _jsonl(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
-    for number, line in _lines(path, problems, meter):
+def _jsonl(path: Path, source: SourceConfig, form: FileFormat, problems: Problems, meter: Meter) -> Iterator[Record]:
+    for number, line in _lines(path, form, problems, meter):
         if not line.strip():
             continue
         try:
@@ -179,12 +172,12 @@ def _jsonl(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -
             problems.add(Problem(f"{path}:{number}", "", "a line must be a JSON object", '{"text": "…"}'))
 
 
-def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> Iterator[Record]:
+def _csv(path: Path, source: SourceConfig, form: FileFormat, problems: Problems, meter: Meter) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the module's default of 128 KiB is less than a long document
     fed: list[int] = []  # numbers of the lines that make up the current row: a quoted field may span several
 
     def feed() -> Iterator[str]:
-        for number, text in _lines(path, problems, meter):
+        for number, text in _lines(path, form, problems, meter):
             fed.append(number)
             yield text
 
@@ -215,31 +208,41 @@ def _csv(path: Path, source: SourceConfig, problems: Problems, meter: Meter) -> 
             problems.add(Problem(f"{path}:{fed[0]}", "", rule, "quote fields that contain the delimiter"))
 
 
-def _parquet(path: Path, fields: Fields, problems: Problems, meter: Meter) -> Iterator[Record]:
+def _parquet(path: Path, form: FileFormat, fields: Fields, problems: Problems, meter: Meter) -> Iterator[Record]:
     import pyarrow
 
-    file = _open_parquet(path, problems)
+    file = _open_parquet(path, form, problems)
     if file is None:
         return
     tops = [c if c in file.schema_arrow.names else c.partition(".")[0] for c in fields.columns.values()]
     wanted = [column for column in dict.fromkeys([*tops, *fields.also]) if column in file.schema_arrow.names]
-    size, start, number = path.stat().st_size, meter.done, 0
+    size, start, number, content = path.stat().st_size, meter.done, 0, 0
     try:
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
+            content += batch.nbytes  # a dictionary's value may stand for millions of rows, which no size in it tells
+            refuse_expansion(content, size, form)
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
             meter.done = start + size * number // max(file.metadata.num_rows, 1)
+    except BrokenFileError as error:
+        problems.add(error.problem(path))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         problems.add(Problem(str(path), "", f"the parquet file is damaged after row {number} ({_first_line(error)})"))
 
 
-def _open_parquet(path: Path, problems: Problems) -> Any:
+def _open_parquet(path: Path, form: FileFormat, problems: Problems) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+        refuse_expansion(sum(group.total_byte_size for group in groups), path.stat().st_size, form)
+        return file
+    except BrokenFileError as error:
+        problems.add(error.problem(path))
+        return None
     except (pyarrow.ArrowException, OSError) as error:
         problems.add(Problem(str(path), "", f"not a readable parquet file ({_first_line(error)})"))
         return None
@@ -254,15 +257,6 @@ def quoting(source: SourceConfig) -> Literal[0, 3]:
     """csv's constant: between tabs a quotation mark is a character of the text, as of all formats of that kind."""
     quoted = source.quoting if source.quoting is not None else delimiter(source) != "\t"
     return csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-
-
-def _broken_utf8(where: str, error: UnicodeDecodeError, position: str) -> Problem:
-    byte = error.object[error.start]
-    return Problem(where, "", f"not valid UTF-8: byte 0x{byte:02x} at {position}", "iconv -f ENCODING -t UTF-8")
-
-
-def _broken_gzip(path: Path, error: BaseException) -> Problem:
-    return Problem(str(path), "", f"the gzip file is damaged ({_first_line(error)})")
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,9 +19,10 @@ from conf.schema import DataConfig, SourceConfig
 from recipes.data.changes import DROPPED, PASSED_OVER
 from recipes.data.readers import delimiter, first_columns, read_document, read_python, read_records
 from recipes.data.rows import Fields, Meter, Problems, Row, column_keys, missing_columns, text_fields
+from recipes.data.streams import COMPRESSED, FileFormat
 
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""What is read of a folder, each also with `.gz`; text takes every file that is not hidden."""
+"""What is read of a folder, each also compressed (`.gz`, `.xz`, `.bz2`, `.zst`); text takes all that is not hidden."""
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 """Not every distribution installs the library's own tests, and some of them are in broken encodings on purpose; the
 tables of `encodings` are generated, and so regular that a held-out split with more of them would look learned."""
@@ -69,6 +70,10 @@ class Source:
 class FileSource(Source):
     """Files of `path` (both splits), or of `path` (training) and `eval_path` (held out)."""
 
+    @property
+    def form(self) -> FileFormat:
+        return FileFormat.of(self.config, self.key)
+
     def in_both_splits(self, others: Sequence[Source] = ()) -> Problem | None:
         trained = {
             _identity(path): source.key
@@ -94,7 +99,7 @@ class FileSource(Source):
         digest = hashlib.sha256()
         for held_out in (False, True):
             for name, path in self.files(held_out):
-                digest.update(f"{held_out}\0{name}\0{path.stat().st_size}\0".encode())
+                digest.update(f"{held_out}\0{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
@@ -151,7 +156,7 @@ class DocumentSource(FileSource):
                     meter.note(PASSED_OVER, "empty files", str(path))
 
     def _read_file(self, path: Path, problems: Problems, meter: Meter) -> str | None:
-        return read_document(path, problems)
+        return read_document(path, self.form, problems)
 
     def _read_lines(self, path: Path, problems: Problems, meter: Meter) -> Iterator[Row]:
         """A single file: its last lines are the held-out document."""
@@ -209,7 +214,7 @@ class RecordSource(FileSource):
         for split, files in splits:
             for _, path in files:
                 start = meter.done
-                for number, content in read_records(self.config.kind, path, self.config, self.fields, problems, meter):
+                for number, content in read_records(path, self.config, self.form, self.fields, problems, meter):
                     held_out = held_out_row(index, self.held_out) if by_row else split
                     yield Row(f"{path}:{number}", held_out, content)
                     index += 1
@@ -221,7 +226,7 @@ class RecordSource(FileSource):
             problems.add(Problem(f"{self.key}.delimiter", self.config.delimiter, rule, f"{self.key}.delimiter=','"))
             return
         for path in paths:
-            columns = first_columns(self.config.kind, path, self.config, problems)
+            columns = first_columns(path, self.config, self.form, problems)
             if problems.found:
                 return
             if columns is not None:
@@ -342,7 +347,7 @@ def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def _wanted(kind: str, file: Path, root: Path) -> bool:
     if any(part.startswith(".") for part in file.relative_to(root).parts):
         return False
-    name = file.name.removesuffix(".gz")
+    name = file.stem if file.suffix in COMPRESSED else file.name
     return kind not in SUFFIXES or name.endswith(SUFFIXES[kind])
 
 

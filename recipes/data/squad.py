@@ -10,9 +10,10 @@ from typing import Any
 
 from conf.errors import Problem, did_you_mean
 from recipes.data.changes import DROPPED
-from recipes.data.readers import BROKEN_GZIP, _broken_gzip, _once, _TwiceError, open_bytes, read_document
+from recipes.data.readers import _once, _TwiceError, read_document
 from recipes.data.rows import Meter, Problems, Row, _kind, wrong_text
 from recipes.data.sources import FileSource
+from recipes.data.streams import BrokenFileError, FileFormat, open_text
 
 SHOWN = 60
 """Most characters of an answer or a title in a message."""
@@ -45,13 +46,13 @@ class SquadSource(FileSource):
         for held_out in (False, True):
             seen: dict[str, str] = {}
             for _, path in self.files(held_out):
-                for article in articles(path, problems):
+                for article in articles(path, self.form, problems):
                     for where, content in questions(article, not held_out, seen, problems, meter, self._skips):
                         yield Row(where, held_out, content)
                 meter.done += path.stat().st_size
 
     def _read_and_split(self, problems: Problems, meter: Meter) -> Iterator[Row]:
-        found = [article for _, path in self.files(False) for article in articles(path, problems)]
+        found = [article for _, path in self.files(False) for article in articles(path, self.form, problems)]
         seen: dict[str, str] = {}
         if len(found) == 1:
             rows = list(questions(found[0], True, seen, problems, meter, self._skips))
@@ -79,21 +80,21 @@ class SquadSource(FileSource):
 
     def _check_content(self, key: str, value: str, paths: list[Path], problems: Problems) -> None:
         for path in paths:
-            stream, raw = open_bytes(path)
+            stream, raw = open_text(path, self.form)
             try:
                 with raw, stream:
                     start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            except BROKEN_GZIP as error:
-                problems.add(_broken_gzip(path, error))
+            except BrokenFileError as error:
+                problems.add(error.problem(path))
                 continue
             if start != b"{":
                 rule = f"{path} does not begin with {{, a SQuAD file is one JSON object"
                 problems.add(Problem(key, value, rule, '{"data": [{"title": "…", "paragraphs": […]}]}'))
 
 
-def articles(path: Path, problems: Problems) -> list[Article]:
+def articles(path: Path, form: FileFormat, problems: Problems) -> list[Article]:
     """The articles of a file, unchecked; none (and a problem) when it is not JSON or has no `data`."""
-    text = read_document(path, problems)
+    text = read_document(path, form, problems)
     if text is None:
         return []
     try:

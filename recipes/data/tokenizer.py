@@ -140,8 +140,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if getattr(tokenizer, "backend_tokenizer", None) is None or reads():  # one in Python has no ends of ours
         return
     file = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if not reads():
         raise RuntimeError(f"{type(tokenizer).__name__}: what was saved in {folder} reads texts otherwise")
 

@@ -63,7 +63,11 @@ def _read_if_there(config: PretrainedConfig) -> set[str]:
     """
     code = Path(inspect.getfile(type(config)))
     code = code.with_name(code.name.replace("configuration_", "modeling_"))
-    return set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', code.read_text())) if code.is_file() else set()
+    return (
+        set(re.findall(r'getattr\((?:self\.)?config, "(\w+)"', code.read_text(encoding="utf-8")))
+        if code.is_file()
+        else set()
+    )
 
 
 def set_dropout(config: PretrainedConfig, probability: float | None) -> PretrainedConfig:

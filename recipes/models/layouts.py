@@ -37,7 +37,7 @@ def split(model: PreTrainedModel, parallel: ParallelConfig) -> list[int]:
 @cache
 def verdicts() -> dict[str, dict[str, str]]:
     """Family → {axis: "" where its gradients were found right, else what was found} (tests/distributed/families.py)."""
-    return json.loads(Path(__file__).with_name("families.json").read_text())
+    return json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))
 
 
 ENCODERS: dict[str, tuple[str, ...]] = {

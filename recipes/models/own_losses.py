@@ -52,7 +52,7 @@ PREDICTS_MORE = ("mtp", "nextn")
 @cache
 def families() -> dict[str, Family]:
     """`model_type` → its row; families without a key of a loss have none."""
-    return json.loads(Path(__file__).with_suffix(".json").read_text())
+    return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def problems(network: PreTrainedModel, cfg: Config) -> Iterator[Problem]:

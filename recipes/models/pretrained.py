@@ -124,7 +124,7 @@ def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-c", hub.CONVERT, str(folder), file, str(scratch)],
-            capture_output=True, text=True, env=environment,
+            capture_output=True, encoding="utf-8", errors="replace", env=environment,
         )  # fmt: skip
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

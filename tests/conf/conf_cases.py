@@ -13,6 +13,7 @@ from conf.schema import Config
 
 CPU = Environment(device="cpu")
 CPU_FP16 = Environment(device="cpu", fp16_supported=True, cpu_fp16_supported=True)
+CPU_NO_CACHE = Environment(device="cpu", kernel_folder=False)
 BARE = Environment(device="cpu", compiler=False, ninja=False)
 NO_WANDB = Environment(device="cpu", trackers=frozenset({"tensorboard"}))
 CPU_AIO = Environment(device="cpu", libaio=True)

@@ -279,3 +279,22 @@ def test_another_source_or_model_brings_its_own_settings(tmp_path):
     assert compose([*wide, "model.type=t5"], 1).model.config == {"d_model": 64}
     assert compose([*wide, "model.type=bart"], 1).model.config["encoder_layers"] == 3
     assert compose(["+recipe=quickstart", "model.type=gpt2"], 1).model.config == {}
+
+
+def test_a_recipe_in_another_encoding_is_named(tmp_path, monkeypatch):
+    from conf import compose as module
+
+    monkeypatch.setattr(module, "CONF_DIR", tmp_path)
+    file = tmp_path / "recipe/mine.yaml"
+    file.parent.mkdir()
+    for content, said in (
+        ("# @package _global_\nname: é\n".encode("latin-1"), "mine.yaml:2: not valid UTF-8: byte 0xe9 at byte 26"),
+        ("\ufeffname: é\n".encode(), "conf/recipe/mine.yaml:1: begins with a byte order mark"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(RequestError) as refused:
+            module.choice_file("recipe", "mine")
+        assert said in str(refused.value)
+    command = refused.value.problems[0].nearest.partition(": ")[2].replace("FILE", str(file))
+    subprocess.run(["bash", "-c", command], check=True)
+    assert module.choice_file("recipe", "mine") == {"name": "é"}, "the advice works"

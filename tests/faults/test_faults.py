@@ -51,6 +51,15 @@ def test_sigterm_in_a_phase(phase: str, trials: Trials) -> None:
     check_through(folder, trials.unbroken)
 
 
+def test_a_terminal_that_goes_away(trials: Trials) -> None:
+    """SIGHUP to one rank: as SIGTERM."""
+    folder = trials.unbroken.parent / "hangup"
+    code = run_job(folder, Fault(1, signal.SIGHUP, "step", 5)).code
+    assert code == 75 and saved(folder) == max(row["step"] for row in rows(folder)), said(folder)
+    assert run_job(folder).code == 0, said(folder)
+    check_through(folder, trials.unbroken)
+
+
 def test_a_checkpoint_on_request(trials: Trials) -> None:
     """SIGUSR1 to one rank: all save behind the step at hand, and the run goes on."""
     folder = trials.unbroken.parent / "asked"

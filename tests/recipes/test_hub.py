@@ -181,7 +181,7 @@ def test_a_revision_reaches_every_call(monkeypatch, tmp_path):
         lambda: pretrained_config(model),
         lambda: local_folder(model),
         lambda: load_tokenizer("owner/name", revision="r1"),
-        lambda: ImageProcessor.of_model("owner/name", None, "owner/name", "r1"),
+        lambda: ImageProcessor.of_model("owner/name", None, "owner/name", revision="r1"),
         lambda: HubSource(SourceConfig(kind="hub", name="o/n", revision="r1"), "data", 0.1, None, None).fingerprint(),
     ):
         with pytest.raises(RequestError):

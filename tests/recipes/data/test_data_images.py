@@ -161,7 +161,7 @@ def test_damaged_gzip(pair, write, damage):
 
 
 def test_idx_files_that_may_not_be_read(pair, monkeypatch):
-    def refuse(path):
+    def refuse(path, form):
         raise PermissionError(13, "Permission denied", str(path))
 
     data = pair()

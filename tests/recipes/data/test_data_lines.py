@@ -9,6 +9,7 @@ import pytest
 from conf.errors import RequestError
 from recipes.data.lines import LinesSource, count_lines
 from recipes.data.rows import Meter, Problems
+from recipes.data.streams import FileFormat
 
 
 def source(data) -> LinesSource:
@@ -153,8 +154,8 @@ def test_damaged_gzip(aligned):
 
 def test_line_counts(write):
     for content, count in (("", 0), ("\n", 1), ("a", 1), ("a\n", 1), ("a\n\n", 2), ("a\nb", 2)):
-        assert count_lines(write("count.txt", content), Problems()) == count
-        assert count_lines(write("count.txt.gz", content), Problems()) == count
+        assert count_lines(write("count.txt", content), FileFormat(), Problems()) == count
+        assert count_lines(write("count.txt.gz", content), FileFormat(), Problems()) == count
 
 
 def test_check_names_the_missing_side(aligned, config):
