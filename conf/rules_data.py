@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import glob
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, did_you_mean
 from conf.rules_values import changed, shown
-from conf.schema import Config, SourceConfig
+from conf.schema import CHAT_DATE, Config, SourceConfig
 
 COLUMNS = ("text", "prompt", "completion", "messages")
 TAKES: dict[str, tuple[str, ...]] = {
@@ -101,6 +102,19 @@ def columns(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             yield Problem(f"{where}.text", source.text, f"with {used} no text column is read", f"{where}.text=text")
 
 
+def chat_date(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """The date that chat templates are told is one, and there are chats."""
+    given = cfg.data.chat_date
+    try:
+        datetime.date.fromisoformat(given)
+    except ValueError:
+        yield Problem("data.chat_date", given, "a date, YYYY-MM-DD", f"data.chat_date={CHAT_DATE}")
+        return
+    if changed(cfg.data, "chat_date") and not any(source.messages for _, source in _sources(cfg)):
+        rule = "only chat templates write a date, and no source has chats"
+        yield Problem("data.chat_date", given, rule, "data.messages=COLUMN, or no data.chat_date")
+
+
 def held_out(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A share is set aside only where no held-out data is named; files are counted only where there are files."""
     sources = _sources(cfg)
@@ -164,4 +178,4 @@ def vocabulary(cfg: Config, layout: Layout, env: Environment) -> Iterator[Proble
         yield Problem("data.vocab_size", str(size), rule, f"data.vocab_size={rows}, or model.config.vocab_size={size}")
 
 
-RULES = (required, taken, mixture, columns, held_out, paths, positions, vocabulary)
+RULES = (required, taken, mixture, columns, chat_date, held_out, paths, positions, vocabulary)

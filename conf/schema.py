@@ -24,6 +24,7 @@ PIPELINE_SCHEDULES = ("1f1b", "dualpipev")
 SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
 TASK_SOURCES = (*SOURCES, "conll", "squad", "lines", "idx", "images", "digits", "line")
 """Kinds of data of all tasks; `SOURCES` are those of a language model, and of its mixtures."""
+CHAT_DATE = "2024-07-26"
 OVERLONG = ("truncate", "refuse")
 BLEU_TOKENS = ("13a", "intl", "zh", "char", "none")
 EMPTY = ("refuse", "skip")
@@ -80,7 +81,9 @@ class SourceConfig:
     completion: str | None = None
     """Column with the completion."""
     messages: str | None = None
-    """Column with a chat (list of {role, content}); the loss is on the assistant's turns only."""
+    """Column with a chat (list of {role, content}, or JSON text of one); the loss is on the assistant's turns only, and
+    not on those with `weight: 0` or `train: false`. `tool_calls` of messages and a column `tools` beside it reach the
+    chat template."""
     delimiter: str = ","
     """Field delimiter of csv files."""
     header: list[str] | None = None
@@ -159,6 +162,8 @@ class DataConfig(SourceConfig):
     max_files: int | None = None
     """Read at most this many files (stdlib, text), in sorted order (classify_packages: one of each package in turn);
     null: all."""
+    chat_date: str = CHAT_DATE
+    """What chat templates that write today's date are told it is (YYYY-MM-DD): rows do not change with the day."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null: $XDG_CACHE_HOME/deepspeed_recipes (~/.cache/deepspeed_recipes)."""
 

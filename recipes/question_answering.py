@@ -18,6 +18,7 @@ from recipes.data.examples import Example
 from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.sources import Source
 from recipes.data.squad import misplaced
+from recipes.data.tokenizer import without_begin
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -106,7 +107,7 @@ class QuestionAnswering(TextTask):
         return super().ready(root, source, fingerprint, progress)
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
-        questions = [row.content["question"].strip() for row in rows]
+        questions = without_begin(self.tokenizer, [row.content["question"].strip() for row in rows])
         contexts = [row.content["context"] for row in rows]
         limit = self.cfg.data.seq_length
         asked = [len(ids) for ids in self.tokenizer(questions, verbose=False)["input_ids"]]

@@ -44,8 +44,8 @@ GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
 NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped")
 """Keys of `data` that change no example."""
-OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
-"""Keys of a source that only language models read, unless a task names them among its own."""
+OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight", "chat_date")
+"""Keys of data that only language models read, unless a task names them among its own."""
 
 
 COLUMNS = (

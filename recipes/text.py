@@ -16,6 +16,7 @@ from recipes.data.examples import Example
 from recipes.data.packing import MULTIPLE, round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
+from recipes.data.tokenizer import without_begin
 from recipes.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class TextTask(Supervised):
 
         """
         options: Any = {"truncation": True, "max_length": self.cfg.data.seq_length} if not whole else {"verbose": False}
-        given = (list(texts), list(pairs)) if pairs is not None else (list(texts),)
+        first = without_begin(self.tokenizer, texts)
+        given = (first, list(pairs)) if pairs is not None else (first,)
         return self.tokenizer(*given, **options)
 
     def encoded(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[Example]:

@@ -12,8 +12,9 @@ from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.changes import DROPPED
 from recipes.data.examples import Example
-from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
+from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.tokenizer import spaces_are_of_words
+from recipes.data.values import wrong_text
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 

@@ -17,7 +17,7 @@ from recipes.base import PICKED, Prediction, Progress
 from recipes.data.examples import Example, Examples
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
-from recipes.data.tokenizer import end_texts
+from recipes.data.tokenizer import end_texts, without_begin
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 from recipes.translation_forms import Decoder, EncoderDecoder, Form
@@ -102,7 +102,8 @@ class Translation(TextTask):
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         sides, prefix = [], self.cfg.data.source_prefix
         for side, before, ids_of in (("source", prefix, self._source_ids), ("target", "", self.form.target_ids)):
-            ids = [self._ended(one) for one in ids_of([before + row.content[side] for row in rows])]
+            texts = without_begin(self.tokenizer, [row.content[side] for row in rows])
+            ids = [self._ended(one) for one in ids_of([before + text for text in texts])]
             self.overlong([len(one) for one in ids], [row.where for row in rows], problems, meter, f"{side}s")
             sides.append([self._cut(one) for one in ids])
         return [

@@ -22,7 +22,7 @@ from recipes.data.changes import CUT, DROPPED, check_dropped, enough, recorded, 
 from recipes.data.encode import Encoder
 from recipes.data.order import MixedDataset, SampleOrder
 from recipes.data.packing import Packing, SequenceSet, Tokens, pack, widths
-from recipes.data.rows import Meter, Problems, Row, column_keys
+from recipes.data.rows import Meter, Problems, Row, column_keys, fills_up
 from recipes.data.sources import Source, open_sources
 from recipes.data.store import ArrayWriter, Entry, default_cache_dir, entry, writing
 from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
@@ -30,7 +30,7 @@ from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3
+FORMAT = 4
 """Part of every name in the cache: raise it when tokens or packings of the same data would come out differently."""
 SPLITS = ("train", "held_out")
 PLACES = {"origin": "int32", "line": "int64"}
@@ -105,7 +105,7 @@ def prepare(
         fingerprints = [_fingerprint(source, data) for source in sources]
         if tokenizer is None:
             tokenizer = _trained(root, sources, fingerprints, vocab_size, report_to)
-        stores = _tokenised(root, sources, fingerprints, tokenizer, report_to)
+        stores = _tokenised(root, sources, fingerprints, tokenizer, data, report_to)
     except OSError as error:
         raise RequestError(Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")) from error
     packed = [{split: _packed(root, store, split, data, report_to) for split in SPLITS} for store in stores]
@@ -186,6 +186,7 @@ def _tokenised(
     sources: list[Source],
     fingerprints: list[str],
     tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
     progress: Progress,
 ) -> list[Entry]:
     """The tokens of each source; the problems of all sources are raised together."""
@@ -194,10 +195,11 @@ def _tokenised(
     for source, fingerprint in zip(sources, fingerprints, strict=True):
 
         def build(folder: Path, source: Source = source) -> dict[str, Any]:
-            return _tokenise(source, tokenizer, folder, progress)
+            return _tokenise(source, tokenizer, folder, data, progress)
 
+        date = data.chat_date if source.config.messages is not None else None
         try:
-            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest)}", build))
+            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest, date)}", build))
         except RequestError as error:
             problems += error.problems
     if problems:
@@ -205,10 +207,12 @@ def _tokenised(
     return stores
 
 
-def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress) -> dict[str, Any]:
+def _tokenise(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataConfig, progress: Progress
+) -> dict[str, Any]:
     """Write ids, supervised tokens and document offsets of both splits below `folder`; returns their facts."""
     columns = column_keys(source.config)
-    encoder = Encoder(tokenizer, columns, source.key)
+    encoder = Encoder(tokenizer, columns, source.key, data.chat_date, fills_up(source.config))
     plain = "text" in columns
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool", **PLACES})
@@ -223,12 +227,15 @@ def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, 
         for batch in _batches(source.read(problems, meter)):
             for held_out, split in enumerate(SPLITS):
                 rows = [row for row in batch if row.held_out == bool(held_out)]
-                encoded = encoder.encode(rows, problems)
-                read += len(rows)
+                found = encoder.encode(rows, problems, meter)
+                encoded = [one for each in found for one in each]
+                read += len(encoded)
                 with writing(folder):
                     _append(writers, split, encoded, plain)
                     if not plain:
-                        places = [row.where.rpartition(":") for row in rows]
+                        places = [
+                            row.where.rpartition(":") for row, each in zip(rows, found, strict=True) for _ in each
+                        ]
                         writers[split, "origin"].append(np.array([numbers.get(name, -1) for name, _, _ in places]))
                         writers[split, "line"].append(np.array([int(line) for _, _, line in places], np.int64))
             progress(meter.done, meter.total, f"tokenising {source.name}")
