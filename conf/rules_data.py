@@ -12,7 +12,7 @@ from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, did_you_mean
 from conf.rules_values import changed, shown
-from conf.schema import CHAT_DATE, Config, SourceConfig
+from conf.schema import Config, DataConfig, SourceConfig
 
 COLUMNS = ("text", "prompt", "completion", "messages")
 TAKES: dict[str, tuple[str, ...]] = {
@@ -108,7 +108,7 @@ def chat_date(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem
     try:
         datetime.date.fromisoformat(given)
     except ValueError:
-        yield Problem("data.chat_date", given, "a date, YYYY-MM-DD", f"data.chat_date={CHAT_DATE}")
+        yield Problem("data.chat_date", given, "a date, YYYY-MM-DD", f"data.chat_date={DataConfig.chat_date}")
         return
     if changed(cfg.data, "chat_date") and not any(source.messages for _, source in _sources(cfg)):
         rule = "only chat templates write a date, and no source has chats"

@@ -24,7 +24,6 @@ PIPELINE_SCHEDULES = ("1f1b", "dualpipev")
 SOURCES = ("stdlib", "text", "jsonl", "csv", "parquet", "hub")
 TASK_SOURCES = (*SOURCES, "conll", "squad", "lines", "idx", "images", "digits", "line")
 """Kinds of data of all tasks; `SOURCES` are those of a language model, and of its mixtures."""
-CHAT_DATE = "2024-07-26"
 OVERLONG = ("truncate", "refuse")
 BLEU_TOKENS = ("13a", "intl", "zh", "char", "none")
 EMPTY = ("refuse", "skip")
@@ -162,7 +161,7 @@ class DataConfig(SourceConfig):
     max_files: int | None = None
     """Read at most this many files (stdlib, text), in sorted order (classify_packages: one of each package in turn);
     null: all."""
-    chat_date: str = CHAT_DATE
+    chat_date: str = "2024-07-26"
     """What chat templates that write today's date are told it is (YYYY-MM-DD): rows do not change with the day."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null: $XDG_CACHE_HOME/deepspeed_recipes (~/.cache/deepspeed_recipes)."""

@@ -10,6 +10,7 @@ is not are learned from a text of their own, which ends with them.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -195,11 +196,11 @@ class Chats:
         options: Any = {"tokenize": False, "add_generation_prompt": prompt, "tools": tools or None}
         try:
             template = self.tokenizer.get_chat_template(None, tools or None)
+            marked = _with_visible_marks(template)
             with self._today(template):
                 text = str(self.tokenizer.apply_chat_template(given, chat_template=template, **options))
-            if not GENERATION.search(template):
+            if marked == template:
                 return text, None
-            marked = GENERATION.sub(_visible, template)
             with self._today(marked):
                 other = str(self.tokenizer.apply_chat_template(given, chat_template=marked, **options))
         except (jinja2.TemplateError, *REFUSALS) as error:
@@ -266,6 +267,11 @@ def _segments(text: str, spans: Sequence[tuple[int, int]]) -> Segments:
         segments += [(text[at:start], False), (text[start:stop], True)]
         at = stop
     return [(part, learned) for part, learned in [*segments, (text[at:], False)] if part]
+
+
+@functools.cache
+def _with_visible_marks(template: str) -> str:
+    return GENERATION.sub(_visible, template)
 
 
 def _visible(mark: re.Match[str]) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conf.errors import Problem, RequestError
-from conf.schema import CHAT_DATE
+from conf.schema import DataConfig
 from recipes.data.chats import ChatError, Chats, Segments
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.tokenizer import without_begin
@@ -53,7 +53,7 @@ class Encoder:
             raise RequestError(Problem("model.tokenizer", tokenizer.name_or_path, rule, "one with an eos_token"))
         self.prefixes = _adds_prefix(tokenizer)
         if self.kind == "messages":
-            self.chats = Chats(tokenizer, datetime.fromisoformat(date or CHAT_DATE), nulls)
+            self.chats = Chats(tokenizer, datetime.fromisoformat(date or DataConfig.chat_date), nulls)
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Encoded]]:
         """What each row is learned from: one document, of chats none or several (`chats.py`).
