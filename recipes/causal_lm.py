@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from conf.batch import sizes
 from conf.errors import Problem, RequestError
 from recipes.base import PICKED, Prediction, Progress, Recipe
 from recipes.data.packing import collate, empty_row
+from recipes.preview import Preview, counted, pieces
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +179,24 @@ class CausalLM(Recipe):
             return 0
         labels = (self.held_out.row(number)["labels"] for number in range(len(self.held_out)))
         return sum(int(sizes[row[(row >= 0) & (row < len(sizes))]].sum()) for row in labels)
+
+    def previews(self, count: int) -> list[Preview]:
+        from recipes.models.loss import IGNORE
+
+        found: list[Preview] = []
+        for index in range(len(self.train)):
+            row = self.train.row(index)
+            ids, positions = row["input_ids"][row["attended"]], row["position_ids"][row["attended"]]
+            # Labels are those of the next token; the first token of a document is none.
+            learned = np.concatenate([[False], row["labels"][row["attended"]][:-1] != IGNORE])
+            starts = np.flatnonzero(positions == 0) if self.cfg.data.packing == "documents" else np.array([0])
+            for start, stop in itertools.pairwise([*starts, len(ids)]):
+                if len(found) == count:
+                    return found
+                marks = ["" if one else None for one in learned[start:stop]]
+                title = counted(len(found), ids[start:stop], marks)
+                found.append(Preview(title, pieces(self.tokenizer, ids[start:stop], marks)))
+        return found
 
     def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

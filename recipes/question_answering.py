@@ -167,6 +167,12 @@ class QuestionAnswering(TextTask):
             "spans": spans.astype(np.int32), **{name: _bytes(text) for name, text in texts.items()},
         }  # fmt: skip
 
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        first, last = row["labels"]
+        of_answer = [first <= place <= last for place in range(len(row["input_ids"]))]
+        name = "" if last else NO_ANSWER
+        return row["input_ids"].tolist(), [name if one else None for one in of_answer]
+
     def set_heads(self, config: PretrainedConfig) -> None:
         super().set_heads(config)
         if self.finished and hasattr(config, NONE_IS_AN_ANSWER):

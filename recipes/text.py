@@ -17,6 +17,7 @@ from recipes.data.packing import MULTIPLE, round_up
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.data.tokenizer import without_begin
+from recipes.preview import Preview, counted, pieces
 from recipes.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -223,6 +224,28 @@ class TextTask(Supervised):
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         return {name: batch[name] for name in names if name in batch}
+
+    def previews(self, count: int) -> list[Preview]:
+        found = []
+        for number in range(min(count, len(self.train))):
+            row = self.train.row(number)
+            ids, marks = self.marked(row)
+            title = counted(number, ids, marks)
+            if all(mark is None for mark in marks):
+                title = f"row {number + 1}: {len(ids):,} tokens"
+            target = self.target_of(row)
+            found.append(
+                Preview(f"{title}; learned: {target}" if target else title, pieces(self.tokenizer, ids, marks))
+            )
+        return found
+
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        """(token ids of an example, what is learned of each; None: it is read)."""
+        return row["input_ids"].tolist(), [None] * len(row["input_ids"])
+
+    def target_of(self, row: Example) -> str:
+        """What is learned of an example that is none of its tokens."""
+        return ""
 
     def save_processor(self, folder: Path) -> None:
         from recipes.data.tokenizer import save_tokenizer

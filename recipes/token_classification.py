@@ -116,6 +116,9 @@ class TokenClassification(TextTask):
             )  # fmt: skip
         return examples
 
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        return row["input_ids"].tolist(), [None if one == IGNORE else self.labels[one] for one in row["labels"]]
+
     def hf_class(self) -> Any:
         from transformers import AutoModelForTokenClassification
 

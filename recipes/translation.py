@@ -128,6 +128,10 @@ class Translation(TextTask):
         limit = self.cfg.data.seq_length
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        source, target = row["input_ids"], row["labels"]
+        return [*source, *target], [None] * len(source) + [""] * len(target)
+
     def lengths(self, examples: Examples) -> list[np.ndarray]:
         return self.form.lengths(*super().lengths(examples))
 
