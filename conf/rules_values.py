@@ -61,6 +61,7 @@ RANGES: dict[str, Range] = {
     "data.held_out": Range(0, 1, open=True),
     "data.max_files": Range(2),
     "data.max_dropped": SHARE,
+    "data.max_unreadable": SHARE,
     "train.steps": SOME,
     "train.epochs": POSITIVE,
     "train.activation_checkpointing": ANY_COUNT,

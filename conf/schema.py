@@ -143,6 +143,10 @@ class DataConfig(SourceConfig):
     """Largest share of the rows of a source that may be dropped (nothing in them is supervised within `seq_length`, a
     column is blank); with more the run is refused. What is dropped, cut or changed is counted by reason, said before
     the start and written to `summary.json`."""
+    max_unreadable: float = 0.5
+    """Largest share of the text that may be unreadable for the model: tokens that its tokenizer does not know, letters
+    of scripts that a pretrained model's tokenizer takes apart, targets that no prediction can be. With more the run is
+    refused; above 0.05 it is said, with an example; all of it is in `summary.json`."""
     stride: int = 64
     """Tokens that neighbouring windows of a long text share (question_answering)."""
     bucketing: bool = True

@@ -39,6 +39,7 @@ class CausalLM(Recipe):
     def prepare(self, progress: Progress | None = None) -> None:
         from recipes.data.cache import prepare
         from recipes.data.order import check_size
+        from recipes.data.readable import check_readable
         from recipes.data.sources import open_sources
         from recipes.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
         from recipes.models.pretrained import local_folder
@@ -62,7 +63,10 @@ class CausalLM(Recipe):
         )
         self.tokenizer, self.train, self.held_out = prepared.tokenizer, prepared.dataset(), prepared.held_out
         self.report = prepared.report
-        if problems := self._check_model() + check_size(len(self.train), sizes(self.cfg.batch)[0]):
+        unread = (
+            [] if self.finished else check_readable(self.report["unreadable"], data.max_unreadable, bool(model.path))
+        )
+        if problems := unread + self._check_model() + check_size(len(self.train), sizes(self.cfg.batch)[0]):
             raise RequestError(problems)
 
     def _check_model(self) -> list[Problem]:
@@ -74,9 +78,10 @@ class CausalLM(Recipe):
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def said(self) -> str | None:
-        from recipes.data.changes import lines
+        from recipes.data import changes, readable
 
-        return "\n".join(lines(self.report["changes"])) or None
+        said = changes.lines(self.report["changes"]) + readable.lines(self.report["unreadable"])
+        return "\n".join(said) or None
 
     def model_config(self) -> PretrainedConfig:
         from recipes.models.configuration import scratch_config, set_dropout

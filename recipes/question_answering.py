@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from conf.rules_values import changed
 from recipes.base import Prediction, Progress
 from recipes.data.changes import CUT, DROPPED
 from recipes.data.examples import Example
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.sources import Source
 from recipes.data.squad import misplaced
@@ -167,6 +170,24 @@ class QuestionAnswering(TextTask):
             "spans": spans.astype(np.int32), **{name: _bytes(text) for name, text in texts.items()},
         }  # fmt: skip
 
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        super().measure(reading, row, examples)
+        answers = [answer["text"] for answer in row.content["answers"]]
+        if not answers:
+            return
+        wanted = {_as_scored(text) for text in answers}
+        nothing = wanted == {""}
+        what = "questions of whose answer the metric leaves nothing (articles, punctuation)"
+        reading.targets(row.where, what, int(nothing), 1, answers[0])
+        for window in examples:
+            first, last = window["labels"]
+            spans = window["spans"].reshape(-1, 2)
+            if last:  # an answer that is whole in no window is counted elsewhere
+                text = row.content["context"][spans[first, 0] : spans[last, 1]]
+                what = "questions whose answer is no span of tokens"
+                reading.targets(row.where, what, int(not nothing and _as_scored(text) not in wanted), 1, answers[0])
+                return
+
     def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
         first, last = row["labels"]
         of_answer = [first <= place <= last for place in range(len(row["input_ids"]))]
@@ -262,6 +283,12 @@ class QuestionAnswering(TextTask):
 
         numbered = list(enumerate(predictions))
         return span_scores({n: row["prediction"] for n, row in numbered}, {n: row["label"] for n, row in numbered})
+
+
+def _as_scored(text: str) -> str:
+    """An answer as SQuAD compares it (Rajpurkar et al. 2016): without case, punctuation, articles."""
+    text = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _bytes(text: str) -> np.ndarray:

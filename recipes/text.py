@@ -14,6 +14,7 @@ from recipes.base import Progress
 from recipes.data.changes import CUT
 from recipes.data.examples import Example
 from recipes.data.packing import MULTIPLE, round_up
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.data.tokenizer import without_begin
@@ -72,6 +73,15 @@ class TextTask(Supervised):
         if self.ENDS and not self.finished:  # a finished model has been trained with what its tokenizer gives
             add_ends(self.tokenizer)
         return [tokenizer_digest(self.tokenizer)]
+
+    def reading(self) -> Reading:
+        return Reading(self.tokenizer, own=not (self.cfg.model.tokenizer or self._folder))
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        texts = list(self.texts(row.content))
+        reading.texts(row.where, texts)
+        for example in examples:
+            reading.ids(row.where, example["input_ids"], texts)
 
     def _add_segments(self) -> None:
         """Have the tokenizer say which of two texts a token is of, where the model has been trained with that.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from conf.errors import Problem
 from recipes.base import PICKED, Prediction, Progress
 from recipes.data.examples import Example, Examples
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.data.tokenizer import end_texts, without_begin
@@ -127,6 +129,16 @@ class Translation(TextTask):
         """At most `data.seq_length` tokens, the last one among them."""
         limit = self.cfg.data.seq_length
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        super().measure(reading, row, examples)
+        target = row.content["target"]
+        for example in examples:
+            reading.ids(row.where, example["labels"], [target], "tokens of targets")
+            if len(example["labels"]) < self.cfg.data.seq_length:  # what is cut off is counted elsewhere
+                written = self.tokenizer.decode(example["labels"].tolist(), skip_special_tokens=True)
+                what = "targets that the tokenizer cannot write"
+                reading.targets(row.where, what, int(_letters(str(written)) != _letters(target)), 1, target)
 
     def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
         source, target = row["input_ids"], row["labels"]
@@ -264,6 +276,11 @@ class Translation(TextTask):
 
         predicted, right = ([row[side] for row in predictions] for side in ("prediction", "label"))
         return translation_scores(predicted, right, self.cfg.eval.bleu_tokens)
+
+
+def _letters(text: str) -> str:
+    """A text without what tokenizers may write otherwise: white space, and forms of one character."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 @contextmanager

@@ -262,6 +262,7 @@ def _train(
         "model": str(run_dir.model),
         "rows": recipe.report.get("rows"),
         "changes": recipe.report.get("changes", []),
+        "unreadable": recipe.report.get("unreadable", []),
     }
     if first:
         loss_png = plot_loss(run_dir.path)
