@@ -89,6 +89,8 @@ class Chats:
         messages = [{key: value for key, value in one.items() if key != TRAIN} for one in row.content["messages"]]
         self.dated = False
         whole, spans = self._render(messages, tools)
+        if not whole:
+            raise ChatError("the chat template writes nothing of this chat", WAYS_OUT)
         if self._render(messages, tools) != (whole, spans):
             raise ChatError("the chat template writes the same chat differently each time", WAYS_OUT)
         said = [

@@ -77,7 +77,7 @@ class Reading:
         self._words: dict[str, list[str]] = {}
         self._unknown = unknown_id(tokenizer)
         special = np.zeros(len(tokenizer) + 1, bool)
-        special[[one for one in tokenizer.all_special_ids if one < len(special)]] = True
+        special[[one for one in tokenizer.all_special_ids if one is not None and one < len(special)]] = True
         if self._unknown is not None:
             special[self._unknown] = False
         self._special = special

@@ -290,6 +290,10 @@ def test_white_space_around_marks_is_the_template_s(chat, chat_tokenizer):
     assert text == chat_tokenizer.apply_chat_template(TWO, tokenize=False)
 
 
+def test_a_template_that_writes_nothing_is_refused(chat):
+    assert "writes nothing of this chat" in refused(chat, "{% if false %}{{ messages }}{% endif %}", TWO)
+
+
 def test_a_template_that_writes_by_chance_is_refused(chat):
     dice = "{{ range(100000) | random }}" + CHATML
     assert "differently each time" in refused(chat, dice, TWO)
