@@ -274,6 +274,15 @@ def test_an_answer_to_nothing_needs_a_prompt(chat):
     assert len(found) == 2
 
 
+def test_turns_with_several_marks_each(chat):
+    """A turn that is not to be learned is found among them by what the conversation up to it has."""
+    twice = MARKED.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}",
+                           "{{ m.content }}{% endgeneration %}{{ ' ' }}{% generation %}{{ '<|im_end|>' }}"
+                           "{% endgeneration %}")  # fmt: skip
+    ((_, found),), _ = chat(twice, [ASK, ANSWER, AGAIN, {**ANSWER, "content": "Six.", "weight": 0}, AGAIN, ANSWER])
+    assert found == ["Four.", "<|im_end|>"] * 2
+
+
 def test_marks_that_do_not_stand_where_they_are_written_are_refused(chat):
     filtered = MARKED.replace("{% generation %}", "{% filter upper %}{% generation %}").replace(
         "{% endgeneration %}", "{% endgeneration %}{% endfilter %}"
