@@ -20,8 +20,8 @@ from conf.errors import Problem, did_you_mean
 from conf.schema import Config, SourceConfig
 
 CONF_DIR = Path(__file__).resolve().parent
-FREE_FORM = ("deepspeed", "model.config")
-"""Keys whose sub-keys are not ours: the engine's and those of transformers' model configs."""
+FREE_FORM = ("deepspeed", "model.config", "data.chat_options")
+"""Keys whose sub-keys are not ours: the engine's, those of transformers' model configs and of chat templates."""
 
 
 def groups() -> dict[str, list[str]]:
@@ -154,7 +154,7 @@ class _Reader:
         if free_form(key):
             self.result.removed.append(key)
         else:
-            self.problem(f"~{key}", text, "only keys under deepspeed and model.config can be taken out", f"{key}=null")
+            self.problem(f"~{key}", text, f"only keys under {', '.join(FREE_FORM)} can be taken out", f"{key}=null")
 
     def _several(self, key: str, text: str) -> None:
         rule = "one value per key: a run has one configuration, a sweep is several runs"

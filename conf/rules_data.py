@@ -102,17 +102,20 @@ def columns(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             yield Problem(f"{where}.text", source.text, f"with {used} no text column is read", f"{where}.text=text")
 
 
-def chat_date(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
-    """The date that chat templates are told is one, and there are chats."""
-    given = cfg.data.chat_date
+def chats(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """The date that chat templates are told is one, and what they are told goes with chats."""
     try:
-        datetime.date.fromisoformat(given)
+        datetime.date.fromisoformat(cfg.data.chat_date)
     except ValueError:
-        yield Problem("data.chat_date", given, "a date, YYYY-MM-DD", f"data.chat_date={DataConfig.chat_date}")
-        return
-    if changed(cfg.data, "chat_date") and not any(source.messages for _, source in _sources(cfg)):
-        rule = "only chat templates write a date, and no source has chats"
-        yield Problem("data.chat_date", given, rule, "data.messages=COLUMN, or no data.chat_date")
+        near = f"data.chat_date={DataConfig.chat_date}"
+        yield Problem("data.chat_date", cfg.data.chat_date, "a date, YYYY-MM-DD", near)
+    given = [
+        name for name in ("chat_date", "chat_options") if getattr(cfg.data, name) not in ({}, DataConfig.chat_date)
+    ]
+    for name in given:
+        if not any(source.messages for _, source in _sources(cfg)):
+            rule = "this is for chat templates, and no source has chats"
+            yield Problem(f"data.{name}", shown(getattr(cfg.data, name)), rule, "data.messages=COLUMN")
 
 
 def held_out(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
@@ -178,4 +181,4 @@ def vocabulary(cfg: Config, layout: Layout, env: Environment) -> Iterator[Proble
         yield Problem("data.vocab_size", str(size), rule, f"data.vocab_size={rows}, or model.config.vocab_size={size}")
 
 
-RULES = (required, taken, mixture, columns, chat_date, held_out, paths, positions, vocabulary)
+RULES = (required, taken, mixture, columns, chats, held_out, paths, positions, vocabulary)

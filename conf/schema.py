@@ -167,6 +167,8 @@ class DataConfig(SourceConfig):
     null: all."""
     chat_date: str = "2024-07-26"
     """What chat templates that write today's date are told it is (YYYY-MM-DD): rows do not change with the day."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template is told, by the names that it reads (`{enable_thinking: false}`)."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null: $XDG_CACHE_HOME/deepspeed_recipes (~/.cache/deepspeed_recipes)."""
 

@@ -44,9 +44,9 @@ RECORDS["hub"] = "recipes.data.hub:HubSource"
 OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir", "max_dropped", "max_unreadable")
 GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
-NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped", "max_unreadable", "chat_date")
+NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped", "max_unreadable", "chat_date", "chat_options")
 """Keys of `data` that change no example."""
-OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight", "chat_date")
+OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight", "chat_date", "chat_options")
 """Keys of data that only language models read, unless a task names them among its own."""
 
 

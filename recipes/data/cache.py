@@ -204,9 +204,9 @@ def _tokenised(
         def build(folder: Path, source: Source = source) -> dict[str, Any]:
             return _tokenise(source, tokenizer, folder, data, own, progress)
 
-        date = data.chat_date if source.config.messages is not None else None
+        told = [data.chat_date, data.chat_options] if source.config.messages is not None else None
         try:
-            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest, date)}", build))
+            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest, told)}", build))
         except RequestError as error:
             problems += error.problems
     if problems:
@@ -222,7 +222,8 @@ def _tokenise(
     own: the tokenizer was trained on these data.
     """
     columns = column_keys(source.config)
-    encoder = Encoder(tokenizer, columns, source.key, data.chat_date, fills_up(source.config))
+    nulls = fills_up(source.config)
+    encoder = Encoder(tokenizer, columns, source.key, data.chat_date, data.chat_options, nulls)
     plain = "text" in columns
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool", **PLACES})

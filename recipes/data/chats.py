@@ -11,14 +11,16 @@ is not are learned from a text of their own, which ends with them.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from conf.errors import Problem, did_you_mean
 from recipes.data.changes import CHANGED, CUT
 from recipes.data.messages import ASSISTANT, TRAIN, Message, tools_of
 from recipes.data.rows import Meter, Row
@@ -37,9 +39,14 @@ TODAY = "strftime_now"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of what the assistant thought; transformers gives it to templates by each of them."""
 SPOKEN = ("content", "tool_calls", *REASONING)
+GIVEN = {"messages", "raise_exception", "strftime_now", "namespace", "range", "dict"}
+"""Names that templates have anyway."""
 KNOWN = {"role", "tool_call_id", *SPOKEN}
 """Keys of a message that are looked for in what the template writes, or say nothing."""
-WAYS_OUT = "prompt and completion columns, or model.tokenizer=FOLDER with {% generation %} marks in its chat_template"
+WAYS_OUT = (
+    "prompt and completion columns, data.chat_options (such as enable_thinking) if the template has such, or "
+    "model.tokenizer=FOLDER with {% generation %} marks in its chat_template"
+)
 REFUSALS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
 """What templates raise besides jinja's own errors."""
 
@@ -67,11 +74,13 @@ class Answer:
 class Chats:
     """Writes chats with the template of a tokenizer. date: what templates are told that today is.
 
-    nulls: as of `messages.check_chat`.
+    options: what else they are told. nulls: as of `messages.check_chat`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime, nulls: bool = False):
-        self.tokenizer, self.date, self.nulls = tokenizer, date, nulls
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, date: datetime, options: Mapping[str, Any], nulls: bool = False
+    ):
+        self.tokenizer, self.date, self.options, self.nulls = tokenizer, date, dict(options), nulls
         self.dated = False
         """Whether a template has asked for the date."""
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -195,7 +204,7 @@ class Chats:
             {**message, "content": self._content(message["content"])} if "content" in message else message
             for message in messages
         ]
-        options: Any = {"tokenize": False, "add_generation_prompt": prompt, "tools": tools or None}
+        options: Any = {**self.options, "tokenize": False, "add_generation_prompt": prompt, "tools": tools or None}
         try:
             template = self.tokenizer.get_chat_template(None, tools or None)
             marked = _with_visible_marks(template)
@@ -248,6 +257,33 @@ class Chats:
             return "probe" in self._render([{"role": "user", "content": content}], [])[0]
         except ChatError:
             return False
+
+
+def unread_option(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Problem | None:
+    """One of `data.chat_options` that no template of this tokenizer reads."""
+    given = tokenizer.chat_template
+    text = "\n".join(given.values()) if isinstance(given, dict) else str(given)
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters
+    for name, value in options.items():
+        if name in taken or name == "messages" or not re.search(rf"\b{re.escape(name)}\b", text):
+            known = sorted(_undeclared(text) - {*taken, *tokenizer.special_tokens_map, *GIVEN})
+            rule = f"the chat template does not read it; it reads {', '.join(known) or 'no options'}"
+            near = did_you_mean(name, known)
+            return Problem(f"data.chat_options.{name}", str(value), rule, f"data.chat_options.{near}=…" if near else "")
+    return None
+
+
+def _undeclared(template: str) -> set[str]:
+    """Names that a template reads and does not set."""
+    import jinja2.meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    source = GENERATION.sub("", template)
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError:
+        return set()
 
 
 def _laid_out(whole: str, answers: Sequence[Answer]) -> list[Segments]:

@@ -10,15 +10,16 @@ Special tokens written out in a text are read as such, which is how rows formatt
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
-from recipes.data.chats import ChatError, Chats, Segments
+from recipes.data.chats import ChatError, Chats, Segments, unread_option
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.tokenizer import without_begin
 
@@ -36,12 +37,18 @@ Encoded = tuple[np.ndarray, np.ndarray]
 class Encoder:
     """Encodes batches of rows of one kind with all cores (fast tokenizers encode a batch in parallel).
 
-    date, nulls: as of `Chats`. Raises RequestError when the tokenizer cannot encode such rows: no end token, no chat
-    template.
+    date, options, nulls: as of `Chats`. Raises RequestError when the tokenizer cannot encode such rows: no end token,
+    no chat template, or options that it does not read.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, columns: dict[str, str], key: str, date: str = "", nulls: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: dict[str, str],
+        key: str,
+        date: str = DataConfig.chat_date,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        nulls: bool = False,
     ):
         self.tokenizer, self.kind = tokenizer, next(iter(columns))
         if self.kind == "messages" and not tokenizer.chat_template:
@@ -53,7 +60,9 @@ class Encoder:
             raise RequestError(Problem("model.tokenizer", tokenizer.name_or_path, rule, "one with an eos_token"))
         self.prefixes = _adds_prefix(tokenizer)
         if self.kind == "messages":
-            self.chats = Chats(tokenizer, datetime.fromisoformat(date or DataConfig.chat_date), nulls)
+            if problem := unread_option(tokenizer, options):
+                raise RequestError(problem)
+            self.chats = Chats(tokenizer, datetime.fromisoformat(date), options, nulls)
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Encoded]]:
         """What each row is learned from: one document, of chats none or several (`chats.py`).

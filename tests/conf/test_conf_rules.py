@@ -188,6 +188,8 @@ CASES = [
     ([*JSONL, "data.messages=m", "data.chat_date=today"], "data.chat_date",
      [*JSONL, "data.messages=m", "data.chat_date=2026-11-27"], CPU),
     ([*JSONL, "data.chat_date=2026-11-27"], "data.chat_date", [*JSONL, "data.chat_date=2024-07-26"], CPU),
+    ([*JSONL, "data.chat_options={thinking: false}"], "data.chat_options",
+     [*JSONL, "data.messages=m", "data.chat_options={thinking: false}"], CPU),
     (["data.max_unreadable=1.5"], "data.max_unreadable", ["data.max_unreadable=1"], CPU),
     ([*JSONL, "data.messages=m", "data.text=t"], "data.text", [*JSONL, "data.text=t"], CPU),
     ([*JSONL, "data.eval_path=rows.jsonl", "data.held_out=0.1"], "data.held_out", [*JSONL, "data.held_out=0.1"], CPU),

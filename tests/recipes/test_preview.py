@@ -86,7 +86,7 @@ def test_the_command_shows_chats(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text((json.dumps({"m": chat}) + "\n") * 6)
     tokenizer = train_tokenizer(["2+2? Four."], 300)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<assistant>{{ mood }}{% endif %}"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     command = [
         sys.executable, PLAN, "+recipe=finetune_causal_lm", "model=llama_tiny", "data=jsonl", "data.path=rows.jsonl",
@@ -96,6 +96,8 @@ def test_the_command_shows_chats(tmp_path: Path) -> None:
     done = run(command, tmp_path, environment(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert "<user>2+2?<|endoftext|><assistant>⟦Four.<|endoftext|>⟧" in done.stdout
+    wrong = run([*command, "data.chat_options={mood: merry}"], tmp_path, environment(tmp_path / "cache"))
+    assert wrong.returncode == 2 and "asks for an answer with 'merry'" in wrong.stderr  # it reaches the template
     for more, rule in (("search=true", "shows rows, no plan"), ("show=token", "one of plan, tokens")):
         refusal = run([*command, more], tmp_path, environment(tmp_path / "cache"))
         assert refusal.returncode == 2 and rule in refusal.stderr

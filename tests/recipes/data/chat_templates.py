@@ -94,5 +94,8 @@ MARKED = (
 )
 """Says itself what is generated."""
 
-OPENS_THINKING = CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
+OPENS_THINKING = CHATML.replace(
+    "assistant\\n' }}{% endif %}",
+    "assistant\\n' + ('' if thinking is defined and not thinking else '<think>\\n') }}{% endif %}",
+)
 """Asks for reasoning that it then leaves out where there is none: the prompt is not how answers begin."""

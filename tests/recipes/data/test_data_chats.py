@@ -30,14 +30,16 @@ def chat(chat_tokenizer):
     """chat(template, messages, **more columns) → [(text, [what is learned of it])], reasons of changes."""
     chat_tokenizer.bos_token = "<s>"
 
-    def chat(template: str, messages, **more):
+    def chat(template: str, messages, options=None, **more):
         chat_tokenizer.chat_template = template
         content = {"messages": json.loads(json.dumps(messages))}
         if problems := check_content(content, "f:1", {"messages": "m"}):
             raise RequestError(problems)
         problems, meter = Problems(), Meter()
         rows = [Row("f:1", False, content | more)]
-        (found,) = Encoder(chat_tokenizer, {"messages": "m"}, "data").encode(rows, problems, meter)
+        (found,) = Encoder(chat_tokenizer, {"messages": "m"}, "data", options=options or {}).encode(
+            rows, problems, meter
+        )
         problems.raise_any()
         return [learned(chat_tokenizer, *one) for one in found], list(meter.changes)
 
@@ -53,9 +55,9 @@ def learned(tokenizer, ids, supervised) -> tuple[str, list[str]]:
     return tokenizer.decode(ids), [tokenizer.decode(run) for run in runs]
 
 
-def refused(chat, template, messages, **more) -> str:
+def refused(chat, template, messages, options=None, **more) -> str:
     with pytest.raises(RequestError) as error:
-        chat(template, messages, **more)
+        chat(template, messages, options, **more)
     return str(error.value)
 
 
@@ -265,6 +267,15 @@ def test_roles_that_a_template_refuses(chat):
 def test_a_prompt_that_is_not_how_answers_begin_is_refused(chat):
     said = refused(chat, OPENS_THINKING, TWO)
     assert "asks for an answer with '<think>\\n'" in said and "prompt and completion columns" in said
+    ((_, found),), _ = chat(OPENS_THINKING, TWO, {"thinking": False})  # the advice works
+    assert found == ["Four.<|im_end|>", "Six, 六.<|im_end|>"]
+
+
+def test_options_that_no_template_reads_are_refused(chat):
+    said = refused(chat, OPENS_THINKING, TWO, {"thinkin": False})
+    assert "data.chat_options.thinkin=False: the chat template does not read it; it reads thinking" in said
+    assert "data.chat_options.thinking=" in said
+    assert "it reads no options" in refused(chat, MARKED, TWO, {"tokenize": True})
 
 
 def test_an_answer_to_nothing_needs_a_prompt(chat):
