@@ -31,7 +31,7 @@ ConfigStore.instance().store(name="config_schema", node=Config)
 
 OF_ROWS = (
     "seq_length", "image_size", "vocab_size", "held_out", "packing", "bucketing", "overlong", "empty", "stride",
-    "max_dropped", "cache_dir",
+    "max_dropped", "max_unreadable", "cache_dir",
 )  # fmt: skip
 """Keys of `data` that say what is done with rows, whatever source they come from."""
 

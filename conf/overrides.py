@@ -22,8 +22,8 @@ from conf.errors import Problem, did_you_mean
 from conf.schema import Config, SourceConfig
 
 CONF_DIR = Path(__file__).resolve().parent
-FREE_FORM = ("deepspeed", "model.config")
-"""Keys whose sub-keys are not ours: the engine's and those of transformers' model configs."""
+FREE_FORM = ("deepspeed", "model.config", "data.chat_options")
+"""Keys whose sub-keys are not ours: the engine's, those of transformers' model configs and of chat templates."""
 
 
 def groups() -> dict[str, list[str]]:

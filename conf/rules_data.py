@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import datetime
 import glob
 from collections.abc import Iterator
 from encodings.aliases import aliases as encodings_of_python
@@ -13,7 +14,7 @@ from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, did_you_mean
 from conf.rules_values import changed, shown
-from conf.schema import Config, SourceConfig
+from conf.schema import Config, DataConfig, SourceConfig
 
 COLUMNS = ("text", "prompt", "completion", "messages")
 FILES = ("path", "eval_path", "max_expansion")
@@ -109,6 +110,22 @@ def columns(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             yield Problem(f"{where}.text", source.text, f"with {used} no text column is read", f"{where}.text=text")
 
 
+def chats(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
+    """The date that chat templates are told is one, and what they are told goes with chats."""
+    try:
+        datetime.date.fromisoformat(cfg.data.chat_date)
+    except ValueError:
+        near = f"data.chat_date={DataConfig.chat_date}"
+        yield Problem("data.chat_date", cfg.data.chat_date, "a date, YYYY-MM-DD", near)
+    given = [
+        name for name in ("chat_date", "chat_options") if getattr(cfg.data, name) not in ({}, DataConfig.chat_date)
+    ]
+    for name in given:
+        if not any(source.messages for _, source in sources(cfg)):
+            rule = "this is for chat templates, and no source has chats"
+            yield Problem(f"data.{name}", shown(getattr(cfg.data, name)), rule, "data.messages=COLUMN")
+
+
 def held_out(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """A share is set aside only where no held-out data is named; files are counted only where there are files."""
     found = sources(cfg)
@@ -174,7 +191,7 @@ def vocabulary(cfg: Config, layout: Layout, env: Environment) -> Iterator[Proble
 
 def encodings(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     """An encoding is one of Python's, of texts."""
-    for where, source in _sources(cfg):
+    for where, source in sources(cfg):
         if not is_encoding(source.encoding):
             names = [name.replace("_", "-") for name in encodings_of_python.values() if is_encoding(name)]
             near = did_you_mean(source.encoding.lower().replace("_", "-"), names) or "utf-8"
@@ -191,4 +208,4 @@ def is_encoding(name: str) -> bool:
     return found._is_text_encoding and found.incrementaldecoder is not None and found.name not in NOT_OF_TEXTS
 
 
-RULES = (encodings, required, taken, mixture, columns, held_out, paths, positions, vocabulary)
+RULES = (encodings, required, taken, mixture, columns, chats, held_out, paths, positions, vocabulary)

@@ -67,6 +67,7 @@ RANGES: dict[str, Range] = {
     "data.max_dropped": SHARE,
     "data.max_expansion": SOME,
     "data.max_pixels": SOME,
+    "data.max_unreadable": SHARE,
     "train.steps": SOME,
     "train.epochs": POSITIVE,
     "train.activation_checkpointing": ANY_COUNT,

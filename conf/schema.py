@@ -86,7 +86,9 @@ class SourceConfig:
     completion: str | None = None
     """Column with the completion."""
     messages: str | None = None
-    """Column with a chat (list of {role, content}); the loss is on the assistant's turns only."""
+    """Column with a chat (list of {role, content}, or JSON text of one); the loss is on the assistant's turns only, and
+    not on those with `weight: 0` or `train: false`. `tool_calls` of messages and a column `tools` beside it reach the
+    chat template."""
     delimiter: str = ","
     """Field delimiter of csv files."""
     header: list[str] | None = None
@@ -159,6 +161,10 @@ class DataConfig(SourceConfig):
     """Largest share of the rows of a source that may be dropped (nothing in them is supervised within `seq_length`, a
     column is blank); with more the run is refused. What is dropped, cut or changed is counted by reason, said before
     the start and written to `summary.json`."""
+    max_unreadable: float = 0.5
+    """Largest share of the text that may be unreadable for the model: tokens that its tokenizer does not know, letters
+    of scripts that a pretrained model's tokenizer takes apart, targets that no prediction can be. With more the run is
+    refused; above 0.05 it is said, with an example; all of it is in `summary.json`."""
     stride: int = 64
     """Tokens that neighbouring windows of a long text share (question_answering)."""
     bucketing: bool = True
@@ -177,6 +183,10 @@ class DataConfig(SourceConfig):
     max_files: int | None = None
     """Read at most this many files (stdlib, text), in sorted order (classify_packages: one of each package in turn);
     null: all."""
+    chat_date: str = "2024-07-26"
+    """What chat templates that write today's date are told it is (YYYY-MM-DD): rows do not change with the day."""
+    chat_options: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template is told, by the names that it reads (`{enable_thinking: false}`)."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null: $XDG_CACHE_HOME/deepspeed_recipes (~/.cache/deepspeed_recipes)."""
 

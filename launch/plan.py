@@ -3,6 +3,8 @@
 Layout, batch, memory of each rank, bytes sent, bubble, and the engine's configuration.
 `search=true` lists all layouts of that many ranks, fastest predicted first (`rate=` FLOP/s and `bandwidth=` bytes/s of
 a rank), and why the others are illegal.
+`show=tokens` prints a few training rows as the model sees them instead, with what is learned of them marked: in colour
+on a terminal, in brackets ⟦ ⟧ elsewhere. The rows are read and kept as training would.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from recipes import recipe_class
 
 COMMAND = "launch/plan.py"
 FORMATS = ("table", "json")
-OWN = {"world_size": "1", "format": "table", "search": "false", "rate": "", "bandwidth": ""}
+SHOWS = ("plan", "tokens")
+OWN = {"world_size": "1", "format": "table", "search": "false", "rate": "", "bandwidth": "", "show": "plan"}
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
     named = {word.partition("=")[0].lstrip("+") for word in argv}
     request = read_request([*argv, *([] if named & {"resume", "overwrite"} else ["overwrite=true"])], COMMAND, OWN)
     wanted = request.own["format"]
-    for key, choices in (("format", FORMATS), ("search", ("false", "true"))):
+    for key, choices in (("format", FORMATS), ("search", ("false", "true")), ("show", SHOWS)):
         if request.own[key] not in choices:
             near = did_you_mean(request.own[key], choices) or choices[0]
             raise RequestError(Problem(key, request.own[key], f"one of {', '.join(choices)}", f"{key}={near}"))
@@ -52,6 +55,12 @@ def main(argv: list[str]) -> int:
         if request.own[key] and request.own["search"] == "false":
             rule = "is what layouts are compared by, and there is one"
             raise RequestError(Problem(key, request.own[key], rule, f"search=true {key}={request.own[key]}"))
+
+    if request.own["show"] == "tokens":
+        for key in ("search", "format"):
+            if request.own[key] != OWN[key]:
+                raise RequestError(Problem(key, request.own[key], "show=tokens shows rows, no plan", "show=plan"))
+        return show_tokens(request)
 
     # Only now torch, for the model on the meta device; its advice about the model's configuration is not for here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -89,6 +98,23 @@ def programs(layout: Layout, micro_batches: int) -> Sequence[Sequence[Instructio
     from launch.runtime.pipeline import programs
 
     return programs(layout, micro_batches)
+
+
+def show_tokens(request: Request) -> int:
+    """Print the first training rows, their tokens marked. Reads the data as training does."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from recipes.preview import SHOWN, rendered
+
+    recipe = recipe_class(request.cfg.task)(request.cfg)
+    recipe.prepare()
+    rows = recipe.previews(SHOWN)
+    if not rows:
+        rule = f"the rows of this {request.cfg.task} have no tokens"
+        raise RequestError(Problem("show", "tokens", rule, "show=plan"))
+    if said := recipe.said():
+        print(said + "\n")
+    print(rendered(rows, colour=sys.stdout.isatty()))
+    return 0
 
 
 def show_layouts(request: Request, wanted: str, shape_of: ShapeOf) -> int:

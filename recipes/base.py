@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from recipes.preview import Preview
+
 Prediction = dict[str, Any]
 """Of one held-out row: `id`, `prediction`, `label`, and what else the task's metrics need (keys that begin with `_` are
 not written down)."""
@@ -166,6 +168,10 @@ class Recipe(ABC):
     def said(self) -> str | None:
         """A line about the data, for the log."""
         return None
+
+    def previews(self, count: int) -> list[Preview]:
+        """The first training rows as the model sees them; none for tasks without text. After `prepare`."""
+        return []
 
     @abstractmethod
     def save_processor(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from conf.batch import sizes
 from conf.errors import Problem, RequestError
 from recipes.base import PICKED, Prediction, Progress, Recipe
 from recipes.data.packing import collate, empty_row
+from recipes.preview import Preview, counted, pieces
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,7 @@ class CausalLM(Recipe):
     def prepare(self, progress: Progress | None = None) -> None:
         from recipes.data.cache import prepare
         from recipes.data.order import check_size
+        from recipes.data.readable import check_readable
         from recipes.data.sources import open_sources
         from recipes.data.tokenizer import DEFAULT_VOCABULARY, load_tokenizer
         from recipes.models.pretrained import local_folder
@@ -60,7 +63,10 @@ class CausalLM(Recipe):
         )
         self.tokenizer, self.train, self.held_out = prepared.tokenizer, prepared.dataset(), prepared.held_out
         self.report = prepared.report
-        if problems := self._check_model() + check_size(len(self.train), sizes(self.cfg.batch)[0]):
+        unread = (
+            [] if self.finished else check_readable(self.report["unreadable"], data.max_unreadable, bool(model.path))
+        )
+        if problems := unread + self._check_model() + check_size(len(self.train), sizes(self.cfg.batch)[0]):
             raise RequestError(problems)
 
     def _check_model(self) -> list[Problem]:
@@ -72,9 +78,10 @@ class CausalLM(Recipe):
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def said(self) -> str | None:
-        from recipes.data.changes import lines
+        from recipes.data import changes, readable
 
-        return "\n".join(lines(self.report["changes"])) or None
+        said = changes.lines(self.report["changes"]) + readable.lines(self.report["unreadable"])
+        return "\n".join(said) or None
 
     def model_config(self) -> PretrainedConfig:
         from recipes.models.configuration import scratch_config, set_dropout
@@ -177,6 +184,24 @@ class CausalLM(Recipe):
             return 0
         labels = (self.held_out.row(number)["labels"] for number in range(len(self.held_out)))
         return sum(int(sizes[row[(row >= 0) & (row < len(sizes))]].sum()) for row in labels)
+
+    def previews(self, count: int) -> list[Preview]:
+        from recipes.models.loss import IGNORE
+
+        found: list[Preview] = []
+        for index in range(len(self.train)):
+            row = self.train.row(index)
+            ids, positions = row["input_ids"][row["attended"]], row["position_ids"][row["attended"]]
+            # Labels are those of the next token; the first token of a document is none.
+            learned = np.concatenate([[False], row["labels"][row["attended"]][:-1] != IGNORE])
+            starts = np.flatnonzero(positions == 0) if self.cfg.data.packing == "documents" else np.array([0])
+            for start, stop in itertools.pairwise([*starts, len(ids)]):
+                if len(found) == count:
+                    return found
+                marks = ["" if one else None for one in learned[start:stop]]
+                title = counted(len(found), ids[start:stop], marks)
+                found.append(Preview(title, pieces(self.tokenizer, ids[start:stop], marks)))
+        return found
 
     def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,11 @@ from conf.rules_values import changed
 from recipes.base import Prediction, Progress
 from recipes.data.changes import CUT, DROPPED
 from recipes.data.examples import Example
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.sources import Source
 from recipes.data.squad import misplaced
+from recipes.data.tokenizer import without_begin
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -106,7 +110,7 @@ class QuestionAnswering(TextTask):
         return super().ready(root, source, fingerprint, progress)
 
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
-        questions = [row.content["question"].strip() for row in rows]
+        questions = without_begin(self.tokenizer, [row.content["question"].strip() for row in rows])
         contexts = [row.content["context"] for row in rows]
         limit = self.cfg.data.seq_length
         asked = [len(ids) for ids in self.tokenizer(questions, verbose=False)["input_ids"]]
@@ -165,6 +169,30 @@ class QuestionAnswering(TextTask):
             "input_ids": ids, "token_type_ids": np.array(kinds, np.int8), "labels": np.array(label, np.int32),
             "spans": spans.astype(np.int32), **{name: _bytes(text) for name, text in texts.items()},
         }  # fmt: skip
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        super().measure(reading, row, examples)
+        answers = [answer["text"] for answer in row.content["answers"]]
+        if not answers:
+            return
+        wanted = {_as_scored(text) for text in answers}
+        nothing = wanted == {""}
+        what = "questions of whose answer the metric leaves nothing (articles, punctuation)"
+        reading.targets(row.where, what, int(nothing), 1, answers[0])
+        for window in examples:
+            first, last = window["labels"]
+            spans = window["spans"].reshape(-1, 2)
+            if last:  # an answer that is whole in no window is counted elsewhere
+                text = row.content["context"][spans[first, 0] : spans[last, 1]]
+                what = "questions whose answer is no span of tokens"
+                reading.targets(row.where, what, int(not nothing and _as_scored(text) not in wanted), 1, answers[0])
+                return
+
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        first, last = row["labels"]
+        of_answer = [first <= place <= last for place in range(len(row["input_ids"]))]
+        name = "" if last else NO_ANSWER
+        return row["input_ids"].tolist(), [name if one else None for one in of_answer]
 
     def set_heads(self, config: PretrainedConfig) -> None:
         super().set_heads(config)
@@ -255,6 +283,12 @@ class QuestionAnswering(TextTask):
 
         numbered = list(enumerate(predictions))
         return span_scores({n: row["prediction"] for n, row in numbered}, {n: row["label"] for n, row in numbered})
+
+
+def _as_scored(text: str) -> str:
+    """An answer as SQuAD compares it (Rajpurkar et al. 2016): without case, punctuation, articles."""
+    text = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _bytes(text: str) -> np.ndarray:

@@ -205,6 +205,9 @@ class TextRegression(TextTask, _Numbers):
             for row, inputs in zip(rows, self.encoded(rows, problems, meter), strict=True)
         ]
 
+    def target_of(self, row: Example) -> str:
+        return f"{row['target'][0]:g}"
+
     def set_heads(self, config: PretrainedConfig) -> None:
         super().set_heads(config)
         config.num_labels, config.problem_type = 1, "regression"

@@ -103,6 +103,11 @@ class SequenceClassification(TextTask):
             examples.append([{**inputs, "labels": labels}])
         return examples
 
+    def target_of(self, row: Example) -> str:
+        labels = row["labels"]
+        numbers = np.flatnonzero(labels) if self.cfg.data.multi_label else labels
+        return ", ".join(self.labels[number] for number in numbers) or "no class"
+
     def hf_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 

@@ -22,9 +22,11 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
+from recipes.data import readable
 from recipes.data.changes import CHANGED, check_dropped, lines, recorded, reported
 from recipes.data.classes import class_names, in_order, near_duplicates, normalised, order_of_classes
 from recipes.data.examples import SPLITS, Example, Examples, Shuffled, by_length, encoded
+from recipes.data.readable import Reading
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
 
@@ -33,19 +35,22 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 8
+FORMAT = 9
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 REWRITTEN = 20
 """Ways of writing a class that are said."""
 RECORDS = dict.fromkeys(("jsonl", "csv", "parquet", "hub"), "recipes.data.sources:RecordSource")
 RECORDS["hub"] = "recipes.data.hub:HubSource"
-OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir", "max_dropped")
+OF_ALL = ("seq_length", "held_out", "max_files", "cache_dir", "max_dropped", "max_unreadable")
 GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
-NOT_OF_ROWS = ("cache_dir", "bucketing", "max_dropped", "max_expansion", "max_pixels", "revision")
+NOT_OF_ROWS = (
+    "cache_dir", "bucketing", "max_dropped", "max_unreadable", "max_expansion", "max_pixels", "chat_date",
+    "chat_options", "revision",
+)  # fmt: skip
 """Keys of `data` that change no example, or that a source has in its own fingerprint."""
-OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight")
-"""Keys of a source that only language models read, unless a task names them among its own."""
+OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight", "chat_date", "chat_options")
+"""Keys of data that only language models read, unless a task names them among its own."""
 
 
 COLUMNS = (
@@ -106,6 +111,13 @@ class Supervised(Recipe):
     @abstractmethod
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         """The examples of each row; broken rows go to `problems`."""
+
+    def reading(self) -> Reading | None:
+        """What measures how much of the rows can be read; None for rows without text."""
+        return None
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        """Measure one row, with the examples that were made of it."""
 
     def labels_of(self, content: dict[str, Any]) -> Iterator[Any]:
         """The classes that a row has, as they are written there, for tasks with classes."""
@@ -198,7 +210,7 @@ class Supervised(Recipe):
             changes = reported(self._rewritten, source.name, source.origins())
             depends = self.ready(root, source, fingerprint, report)
             name = f"examples-{key_of(fingerprint, self.labels, depends)}"
-            store = encoded(root, name, source, self.ARRAYS, self.encode, report)
+            store = encoded(root, name, source, self.ARRAYS, self.encode, report, self.reading(), self.measure)
         except OSError as error:
             raise RequestError(
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
@@ -207,6 +219,13 @@ class Supervised(Recipe):
         self.report = {"fingerprint": store.folder.name, "source": source.name, "labels": self._counts}
         self.report |= {split: store.facts[split] for split in SPLITS} | {"changes": changes}
         if problems := check_dropped(changes, "data", store.facts["rows"], data.max_dropped):
+            raise RequestError(problems)
+        unreadable = self.report["unreadable"] = readable.reported(
+            store.facts["unreadable"], "data", source.name, source.origins()
+        )
+        if not self.finished and (
+            problems := readable.check_readable(unreadable, data.max_unreadable, self._folder is not None)
+        ):
             raise RequestError(problems)
         self.report["rows"] = key_of(of_training)
         for split in SPLITS:
@@ -354,7 +373,8 @@ class Supervised(Recipe):
         }
 
     def said(self) -> str | None:
-        return "\n".join(["; ".join(self.remarks()), *lines(self.report["changes"])])
+        said = lines(self.report["changes"]) + readable.lines(self.report["unreadable"])
+        return "\n".join(["; ".join(self.remarks()), *said])
 
     def remarks(self) -> list[str]:
         """What is said of the rows in one line."""

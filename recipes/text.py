@@ -14,8 +14,11 @@ from recipes.base import Progress
 from recipes.data.changes import CUT
 from recipes.data.examples import Example
 from recipes.data.packing import MULTIPLE, round_up
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
+from recipes.data.tokenizer import without_begin
+from recipes.preview import Preview, counted, pieces
 from recipes.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -71,6 +74,15 @@ class TextTask(Supervised):
             add_ends(self.tokenizer)
         return [tokenizer_digest(self.tokenizer)]
 
+    def reading(self) -> Reading:
+        return Reading(self.tokenizer, own=not (self.cfg.model.tokenizer or self._folder))
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        texts = list(self.texts(row.content))
+        reading.texts(row.where, texts)
+        for example in examples:
+            reading.ids(row.where, example["input_ids"], texts)
+
     def _add_segments(self) -> None:
         """Have the tokenizer say which of two texts a token is of, where the model has been trained with that.
 
@@ -97,7 +109,8 @@ class TextTask(Supervised):
 
         """
         options: Any = {"truncation": True, "max_length": self.cfg.data.seq_length} if not whole else {"verbose": False}
-        given = (list(texts), list(pairs)) if pairs is not None else (list(texts),)
+        first = without_begin(self.tokenizer, texts)
+        given = (first, list(pairs)) if pairs is not None else (first,)
         return self.tokenizer(*given, **options)
 
     def encoded(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[Example]:
@@ -221,6 +234,28 @@ class TextTask(Supervised):
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         names = ("input_ids", "attention_mask", "token_type_ids")
         return {name: batch[name] for name in names if name in batch}
+
+    def previews(self, count: int) -> list[Preview]:
+        found = []
+        for number in range(min(count, len(self.train))):
+            row = self.train.row(number)
+            ids, marks = self.marked(row)
+            title = counted(number, ids, marks)
+            if all(mark is None for mark in marks):
+                title = f"row {number + 1}: {len(ids):,} tokens"
+            target = self.target_of(row)
+            found.append(
+                Preview(f"{title}; learned: {target}" if target else title, pieces(self.tokenizer, ids, marks))
+            )
+        return found
+
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        """(token ids of an example, what is learned of each; None: it is read)."""
+        return row["input_ids"].tolist(), [None] * len(row["input_ids"])
+
+    def target_of(self, row: Example) -> str:
+        """What is learned of an example that is none of its tokens."""
+        return ""
 
     def save_processor(self, folder: Path) -> None:
         from recipes.data.tokenizer import save_tokenizer

@@ -12,8 +12,10 @@ from conf.errors import Problem
 from recipes.base import Prediction
 from recipes.data.changes import DROPPED
 from recipes.data.examples import Example
-from recipes.data.rows import Meter, Problems, Row, check_content, wrong_text
+from recipes.data.readable import Reading
+from recipes.data.rows import Meter, Problems, Row, check_content
 from recipes.data.tokenizer import spaces_are_of_words
+from recipes.data.values import wrong_text
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 
@@ -114,6 +116,19 @@ class TokenClassification(TextTask):
                 ]
             )  # fmt: skip
         return examples
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        super().measure(reading, row, examples)
+        for example in examples:  # what is cut off is counted elsewhere
+            seen = np.unique(example["tokens"][example["tokens"] >= 0])
+            whole = len(example["input_ids"]) < self.cfg.data.seq_length
+            words = len(row.content["tokens"]) if whole else int(seen.max(initial=-1)) + 1
+            lost = sorted(set(range(words)) - set(seen.tolist()))
+            what = "tokens of which the tokenizer leaves nothing, whose tags cannot be predicted"
+            reading.targets(row.where, what, len(lost), words, row.content["tokens"][lost[0]] if lost else "")
+
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        return row["input_ids"].tolist(), [None if one == IGNORE else self.labels[one] for one in row["labels"]]
 
     def hf_class(self) -> Any:
         from transformers import AutoModelForTokenClassification

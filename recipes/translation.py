@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 from conf.errors import Problem
 from recipes.base import PICKED, Prediction, Progress
 from recipes.data.examples import Example, Examples
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
-from recipes.data.tokenizer import end_texts
+from recipes.data.tokenizer import end_texts, without_begin
 from recipes.supervised import IGNORE, RECORDS
 from recipes.text import TextTask
 from recipes.translation_forms import Decoder, EncoderDecoder, Form
@@ -102,7 +104,8 @@ class Translation(TextTask):
     def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Example]]:
         sides, prefix = [], self.cfg.data.source_prefix
         for side, before, ids_of in (("source", prefix, self._source_ids), ("target", "", self.form.target_ids)):
-            ids = [self._ended(one) for one in ids_of([before + row.content[side] for row in rows])]
+            texts = without_begin(self.tokenizer, [row.content[side] for row in rows])
+            ids = [self._ended(one) for one in ids_of([before + text for text in texts])]
             self.overlong([len(one) for one in ids], [row.where for row in rows], problems, meter, f"{side}s")
             sides.append([self._cut(one) for one in ids])
         return [
@@ -126,6 +129,20 @@ class Translation(TextTask):
         """At most `data.seq_length` tokens, the last one among them."""
         limit = self.cfg.data.seq_length
         return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+    def measure(self, reading: Reading, row: Row, examples: list[Example]) -> None:
+        super().measure(reading, row, examples)
+        target = row.content["target"]
+        for example in examples:
+            reading.ids(row.where, example["labels"], [target], "tokens of targets")
+            if len(example["labels"]) < self.cfg.data.seq_length:  # what is cut off is counted elsewhere
+                written = self.tokenizer.decode(example["labels"].tolist(), skip_special_tokens=True)
+                what = "targets that the tokenizer cannot write"
+                reading.targets(row.where, what, int(_letters(str(written)) != _letters(target)), 1, target)
+
+    def marked(self, row: Example) -> tuple[Sequence[int], list[str | None]]:
+        source, target = row["input_ids"], row["labels"]
+        return [*source, *target], [None] * len(source) + [""] * len(target)
 
     def lengths(self, examples: Examples) -> list[np.ndarray]:
         return self.form.lengths(*super().lengths(examples))
@@ -259,6 +276,11 @@ class Translation(TextTask):
 
         predicted, right = ([row[side] for row in predictions] for side in ("prediction", "label"))
         return translation_scores(predicted, right, self.cfg.eval.bleu_tokens)
+
+
+def _letters(text: str) -> str:
+    """A text without what tokenizers may write otherwise: white space, and forms of one character."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 @contextmanager

@@ -264,6 +264,7 @@ def _train(
         "revisions": hub.revisions(cfg, recipe.weights()),
         "rows": recipe.report.get("rows"),
         "changes": recipe.report.get("changes", []),
+        "unreadable": recipe.report.get("unreadable", []),
     }
     if first:
         loss_png = plot_loss(run_dir.path)

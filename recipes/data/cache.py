@@ -19,11 +19,13 @@ import numpy as np
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
 from recipes import hub
+from recipes.data import readable
 from recipes.data.changes import CUT, DROPPED, check_dropped, enough, recorded, reported
-from recipes.data.encode import Encoder
+from recipes.data.encode import Encoded, Encoder
 from recipes.data.order import MixedDataset, SampleOrder
 from recipes.data.packing import Packing, SequenceSet, Tokens, pack, widths
-from recipes.data.rows import Meter, Problems, Row, column_keys
+from recipes.data.readable import Reading
+from recipes.data.rows import Meter, Problems, Row, column_keys, fills_up
 from recipes.data.sources import Source, open_sources
 from recipes.data.store import ArrayWriter, Entry, default_cache_dir, entry, writing
 from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
@@ -31,7 +33,7 @@ from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3
+FORMAT = 4
 """Part of every name in the cache: raise it when tokens or packings of the same data would come out differently."""
 SPLITS = ("train", "held_out")
 PLACES = {"origin": "int32", "line": "int64"}
@@ -102,12 +104,12 @@ def prepare(
     """
     report_to = progress or (lambda done, total, what: None)
     root = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
-    sources = open_sources(data)
+    sources, own = open_sources(data), tokenizer is None
     try:
         fingerprints = [_fingerprint(source, data) for source in sources]
         if tokenizer is None:
             tokenizer = _trained(root, sources, fingerprints, vocab_size, report_to)
-        stores = _tokenised(root, sources, fingerprints, tokenizer, report_to)
+        stores = _tokenised(root, sources, fingerprints, tokenizer, data, own, report_to)
     except OSError as error:
         raise RequestError(Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")) from error
     packed = [{split: _packed(root, store, split, data, report_to) for split in SPLITS} for store in stores]
@@ -130,7 +132,11 @@ def prepare(
         "fingerprint": key_of(*(store.folder.name for store in stores)),
         "sources": [_source_report(*item, data) for item in zip(sources, packed, strict=True)],
         "changes": [change for found in changes for change in found],
-    }
+        "unreadable": [
+            share for source, store in zip(sources, stores, strict=True)
+            for share in readable.reported(store.facts["unreadable"], source.key, source.name, source.origins())
+        ],
+    }  # fmt: skip
     return Prepared(train, [source.config.weight for source in sources], held_out, tokenizer, report, seed)
 
 
@@ -187,6 +193,8 @@ def _tokenised(
     sources: list[Source],
     fingerprints: list[str],
     tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    own: bool,
     progress: Progress,
 ) -> list[Entry]:
     """The tokens of each source; the problems of all sources are raised together."""
@@ -195,10 +203,11 @@ def _tokenised(
     for source, fingerprint in zip(sources, fingerprints, strict=True):
 
         def build(folder: Path, source: Source = source) -> dict[str, Any]:
-            return _tokenise(source, tokenizer, folder, progress)
+            return _tokenise(source, tokenizer, folder, data, own, progress)
 
+        told = [data.chat_date, data.chat_options] if source.config.messages is not None else None
         try:
-            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest)}", build))
+            stores.append(entry(root, f"tokens-{key_of(FORMAT, fingerprint, digest, told)}", build))
         except RequestError as error:
             problems += error.problems
     if problems:
@@ -206,10 +215,16 @@ def _tokenised(
     return stores
 
 
-def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Write ids, supervised tokens and document offsets of both splits below `folder`; returns their facts."""
+def _tokenise(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataConfig, own: bool, progress: Progress
+) -> dict[str, Any]:
+    """Write ids, supervised tokens and document offsets of both splits below `folder`; returns their facts.
+
+    own: the tokenizer was trained on these data.
+    """
     columns = column_keys(source.config)
-    encoder = Encoder(tokenizer, columns, source.key)
+    nulls = fills_up(source.config)
+    encoder = Encoder(tokenizer, columns, source.key, data.chat_date, data.chat_options, nulls)
     plain = "text" in columns
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool", **PLACES})
@@ -217,19 +232,24 @@ def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     numbers = {origin: number for number, origin in enumerate(origins)}
     with writing(folder):
         writers = {(s, a): ArrayWriter(folder / f"{s}.{a}", kind) for s in SPLITS for a, kind in arrays.items()}
-    problems, meter, read = Problems(), Meter(source.size()), 0
+    problems, meter, read, reading = Problems(), Meter(source.size()), 0, Reading(tokenizer, own)
     try:
         for split in SPLITS:
             writers[split, "offsets"].append(np.zeros(1))
         for batch in _batches(source.read(problems, meter)):
             for held_out, split in enumerate(SPLITS):
                 rows = [row for row in batch if row.held_out == bool(held_out)]
-                encoded = encoder.encode(rows, problems)
-                read += len(rows)
+                found = encoder.encode(rows, problems, meter)
+                encoded = [one for each in found for one in each]
+                read += len(encoded)
+                for row, each in zip(rows, found, strict=True):
+                    _measure(reading, row, each, plain)
                 with writing(folder):
                     _append(writers, split, encoded, plain)
                     if not plain:
-                        places = [row.where.rpartition(":") for row in rows]
+                        places = [
+                            row.where.rpartition(":") for row, each in zip(rows, found, strict=True) for _ in each
+                        ]
                         writers[split, "origin"].append(np.array([numbers.get(name, -1) for name, _, _ in places]))
                         writers[split, "line"].append(np.array([int(line) for _, _, line in places], np.int64))
             progress(meter.done, meter.total, f"tokenising {source.name}")
@@ -241,6 +261,7 @@ def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, 
     count = read + meter.dropped
     changes = recorded(meter.changes.values(), origins, count)
     facts: dict[str, Any] = {"plain": plain, "dtype": dtype, "rows": count, "changes": changes}
+    facts["unreadable"] = reading.recorded(origins)
     for split in SPLITS:
         documents = writers[split, "offsets"].count - 1
         if documents == 0:
@@ -251,6 +272,17 @@ def _tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, 
             raise RequestError(Problem(source.key, source.name, rule, nearest))
         facts[split] = {"documents": documents, "tokens": writers[split, "ids"].count}
     return facts
+
+
+def _measure(reading: Reading, row: Row, documents: list[Encoded], plain: bool) -> None:
+    """How much of a row can be read."""
+    messages = row.content.get("messages")
+    texts = [str(one.get("content", "")) for one in messages] if messages else list(row.content.values())
+    reading.texts(row.where, texts)
+    for ids, supervised in documents:
+        reading.ids(row.where, ids, texts)
+        if not plain:
+            reading.ids(row.where, ids[supervised], reversed(texts), "tokens to be learned")
 
 
 def _append(

@@ -2,20 +2,26 @@
 
 Plain text: the tokenizer's own special tokens, the text, one end token; every token is supervised.
 Prompt and completion: encoded apart, because generation starts from a prompt that was encoded alone, so the boundary is
-exact; completion and end token are supervised. Chat: the tokenizer's template; the assistant's turns are supervised.
+exact; completion and end token are supervised. Chat: the tokenizer's template; the assistant's turns are supervised
+(`chats.py`).
 Special tokens written out in a text are read as such, which is how rows formatted by hand mark their turns.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from conf.errors import Problem, RequestError
-from recipes.data.rows import Problems, Row
+from conf.schema import DataConfig
+from recipes.data.chats import ChatError, Chats, Segments, unread_option
+from recipes.data.rows import Meter, Problems, Row
+from recipes.data.tokenizer import without_begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +30,6 @@ PIECE = 1 << 17
 """Longest text encoded at once, characters: bounds memory (about 100 bytes per token) and lets a single large file
 use all cores. A longer one is cut after a lone line break, where byte-level tokenizers cut anyway."""
 LONE_LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Encoded = tuple[np.ndarray, np.ndarray]
 """(token ids (length,) int64, supervised (length,) bool)."""
 
@@ -32,10 +37,19 @@ Encoded = tuple[np.ndarray, np.ndarray]
 class Encoder:
     """Encodes batches of rows of one kind with all cores (fast tokenizers encode a batch in parallel).
 
-    Raises RequestError when the tokenizer cannot encode such rows: no end token, no chat template.
+    date, options, nulls: as of `Chats`. Raises RequestError when the tokenizer cannot encode such rows: no end token,
+    no chat template, or options that it does not read.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: dict[str, str], key: str):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: dict[str, str],
+        key: str,
+        date: str = DataConfig.chat_date,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        nulls: bool = False,
+    ):
         self.tokenizer, self.kind = tokenizer, next(iter(columns))
         if self.kind == "messages" and not tokenizer.chat_template:
             rule = "this tokenizer has no chat template, so a list of messages cannot be written as text"
@@ -45,20 +59,26 @@ class Encoder:
             rule = "the tokenizer has no end-of-text token (eos_token), which ends each document"
             raise RequestError(Problem("model.tokenizer", tokenizer.name_or_path, rule, "one with an eos_token"))
         self.prefixes = _adds_prefix(tokenizer)
+        if self.kind == "messages":
+            if problem := unread_option(tokenizer, options):
+                raise RequestError(problem)
+            self.chats = Chats(tokenizer, datetime.fromisoformat(date), options, nulls)
 
-    def encode(self, rows: Sequence[Row], problems: Problems) -> list[Encoded]:
-        """Tokens of each row; chats that the template refuses go to `problems`."""
+    def encode(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Encoded]]:
+        """What each row is learned from: one document, of chats none or several (`chats.py`).
+
+        Chats that cannot be learned go to `problems`, what becomes of the others to `meter`.
+        """
         if not rows:
             return []
         if self.kind == "messages":
-            encoded = [self._chat(row, problems) for row in rows]
-            return self._tokenise_segments([chat for chat in encoded if chat is not None])
+            return self._chats(rows, problems, meter)
         if self.kind == "prompt":
-            return self._completions([row.content for row in rows])
-        return self._texts([row.content["text"] for row in rows])
+            return [[one] for one in self._completions([row.content for row in rows])]
+        return [[one] for one in self._texts([row.content["text"] for row in rows])]
 
     def _texts(self, texts: list[str]) -> list[Encoded]:
-        end = self.tokenizer.eos_token_id
+        end, texts = self.tokenizer.eos_token_id, without_begin(self.tokenizer, texts)
         heads, rests, owner = [], [], []
         for number, text in enumerate(texts):
             head, *rest = [text] if self.prefixes else cut(text)
@@ -73,9 +93,10 @@ class Encoder:
 
     def _completions(self, contents: list[dict[str, Any]]) -> list[Encoded]:
         end = self.tokenizer.eos_token_id
-        prompts = [strip_end(ids, end, 1) for ids in self._ids([row["prompt"] for row in contents], special=True)]
+        texts = without_begin(self.tokenizer, [row["prompt"] for row in contents])
+        prompts = [strip_end(ids, end, 1) for ids in self._ids(texts, special=True)]
         if self.prefixes:
-            completions = self._continuations(contents)
+            completions = self._behind([row["completion"] for row in contents])
         else:
             completions = self._ids([row["completion"] for row in contents], special=False)
         encoded = []
@@ -84,59 +105,41 @@ class Encoder:
             encoded.append((ids, np.arange(len(ids)) >= len(prompt)))
         return encoded
 
-    def _continuations(self, contents: list[dict[str, Any]]) -> list[list[int]]:
-        """Completions for a tokenizer that puts a space before whatever it encodes: encoded behind a line break,
-        which is then taken off, so that no space appears between prompt and completion."""
+    def _behind(self, texts: list[str]) -> list[list[int]]:
+        """Texts for a tokenizer that puts a space before whatever it encodes: encoded behind a line break, which is
+        then taken off, so that no space appears between a text and what stands before it."""
         mark = self._ids(["\n"], special=False)[0]
-        marked = self._ids(["\n" + row["completion"] for row in contents], special=False)
-        alone = self._ids([row["completion"] for row in contents], special=False)
+        marked, alone = self._ids(["\n" + text for text in texts], special=False), self._ids(texts, special=False)
         pairs = zip(marked, alone, strict=True)
         return [ids[len(mark) :] if ids[: len(mark)] == mark else other for ids, other in pairs]
 
-    def _chat(self, row: Row, problems: Problems) -> list[tuple[str, bool]] | Encoded | None:
-        """Segments (text, supervised) of a rendered chat, or its tokens when the template marks the turns."""
-        import jinja2
-
-        messages = row.content["messages"]
-        try:
-            if GENERATION_MARK.search(_template(self.tokenizer)):
-                options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
-                chat: Any = self.tokenizer.apply_chat_template(messages, **options)
-                return np.array(chat["input_ids"], np.int64), np.array(chat["assistant_masks"], bool)
-            segments = split_turns(self.tokenizer, messages)
-        except (jinja2.TemplateError, TypeError) as error:
-            problems.add(Problem(row.where, "", f"the chat template refuses this chat: {error}"))
-            return None
-        if segments is None:
-            rule = "the assistant's turns cannot be told from the rest: the template writes earlier turns differently"
-            nearest = "prompt and completion columns, or a template with {% generation %} marks"
-            problems.add(Problem(row.where, "", rule, nearest))
-        return segments
-
-    def _tokenise_segments(self, chats: list[list[tuple[str, bool]] | Encoded]) -> list[Encoded]:
-        """Segments are encoded apart: generation starts from a prompt encoded alone, so the boundary is exact.
-
-        Where that would put spaces between them, the whole chat is encoded and each token goes where its end lies.
-        """
+    def _chats(self, rows: Sequence[Row], problems: Problems, meter: Meter) -> list[list[Encoded]]:
+        """The texts of each chat, whose parts are encoded apart: generation starts from a prompt encoded alone, so the
+        boundary is exact."""
+        texts: list[list[Segments]] = []
+        for row in rows:
+            try:
+                texts.append(self.chats.texts(row, meter))
+            except ChatError as error:
+                texts.append([])
+                problems.add(Problem(row.where, "", str(error), error.nearest))
         if self.prefixes and self.tokenizer.is_fast:
-            return [chat if isinstance(chat, tuple) else self._by_offsets(chat) for chat in chats]
-        texts = [text for chat in chats if isinstance(chat, list) for text, _ in chat]
-        ids = iter(self._ids(texts, special=False))
-        done: list[Encoded] = []
-        for chat in chats:
-            if isinstance(chat, tuple):
-                done.append(chat)
-                continue
-            parts = [(_array(next(ids)), supervised) for _, supervised in chat]
-            tokens = np.concatenate([part for part, _ in parts])
-            done.append((tokens, np.concatenate([np.full(len(part), supervised) for part, supervised in parts])))
-        return done
+            return [[self._by_offsets(one) for one in each] for each in texts]
+        ids = iter(self._ids([part for each in texts for one in each for part, _ in one], special=False))
+        return [[_joined([(next(ids), learned) for _, learned in one]) for one in each] for each in texts]
 
-    def _by_offsets(self, chat: list[tuple[str, bool]]) -> Encoded:
+    def _by_offsets(self, chat: Segments) -> Encoded:
+        """For a tokenizer that puts a space before whatever it encodes: the whole chat is encoded, and each token is of
+        the part where it ends. Where one lies across the border of two, they are encoded apart after all."""
         whole = self.tokenizer("".join(text for text, _ in chat), add_special_tokens=False, return_offsets_mapping=True)
-        ends = np.array([end for _, end in whole["offset_mapping"]])
-        segment = np.searchsorted(np.cumsum([len(text) for text, _ in chat]), ends)
-        return _array(whole["input_ids"]), np.array([supervised for _, supervised in chat])[segment]
+        begins, ends = np.array(whole["offset_mapping"], np.int64).reshape(-1, 2).T
+        borders = np.cumsum([len(text) for text, _ in chat])
+        part = np.searchsorted(borders, ends)
+        if (np.searchsorted(borders, begins, side="right") < part).any():
+            first, *rest = (text for text, _ in chat)
+            parts = [*self._ids([first], special=False), *self._behind(rest)]
+            return _joined([(ids, learned) for ids, (_, learned) in zip(parts, chat, strict=True)])
+        return _array(whole["input_ids"]), np.array([learned for _, learned in chat])[part]
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         if not texts:
@@ -144,41 +147,6 @@ class Encoder:
         # verbose=False: texts longer than the model's positions are cut later, there is nothing to warn about
         options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
         return self.tokenizer(texts, return_token_type_ids=False, **options)["input_ids"]
-
-
-def split_turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[str, bool]] | None:
-    """The rendered chat in segments (text, supervised); supervised are the assistant's turns up to their end token.
-
-    A turn begins where the chat before it, rendered with the generation prompt, ends. It ends where the chat up to
-    and with it ends, or, in templates that write the last turn differently, at its end token. None when it has no
-    such place.
-    """
-
-    def render(count: int, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-
-    whole = render(len(messages), False)
-    end = tokenizer.eos_token or ""
-    segments, at = [], 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(number, True) if number else ""
-        after = render(number + 1, False)
-        if not whole.startswith(before) or len(before) < at:
-            return None
-        start = len(before)
-        if whole.startswith(after) and len(after) > start:
-            turn = whole[start : len(after)]
-            stop = start + turn.rfind(end) + len(end) if end and end in turn else len(after)
-        elif end and end in whole[start:]:
-            stop = whole.index(end, start) + len(end)
-        else:
-            return None
-        segments += [(whole[at:start], False), (whole[start:stop], True)]
-        at = stop
-    segments.append((whole[at:], False))
-    return [(text, supervised) for text, supervised in segments if text]
 
 
 def cut(text: str) -> list[str]:
@@ -201,14 +169,16 @@ def strip_end(ids: list[int], end: int, keep: int = 0) -> list[int]:
     return ids[:-1] if len(ids) > keep and ids[-1] == end else ids
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.get_chat_template()
-
-
 def _adds_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether encoding a text alone puts a space before it (SentencePiece models do), so that parts do not join."""
     parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a\n", "b")]
     return tokenizer.decode(parts[0] + parts[1]) != "a\nb"
+
+
+def _joined(parts: Sequence[tuple[list[int], bool]]) -> Encoded:
+    """One document of parts (ids, whether they are supervised)."""
+    supervised = np.concatenate([np.full(len(ids), learned) for ids, learned in parts])
+    return np.concatenate([_array(ids) for ids, _ in parts]), supervised
 
 
 def _array(ids: list[int]) -> np.ndarray:

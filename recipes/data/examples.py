@@ -14,6 +14,7 @@ import numpy as np
 from recipes.data.changes import recorded
 from recipes.data.order import permute
 from recipes.data.packing import round_up
+from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
 from recipes.data.store import ArrayWriter, Entry, entry, writing
@@ -107,12 +108,15 @@ def encoded(
     arrays: Mapping[str, str],
     encode: Callable[[Sequence[Row], Problems, Meter], list[list[Example]]],
     progress: Progress,
+    reading: Reading | None = None,
+    measure: Callable[[Reading, Row, list[Example]], None] = lambda reading, row, examples: None,
 ) -> Entry:
     """The store `name` below `root`, built from `source` when there is none yet.
 
     arrays: name of each array of an example → its dtype on disk. encode: rows → the examples of each.
-    The entry's facts are the examples of each split, the rows, and what became of those that are not there as they
-    are (`changes.recorded`).
+    reading, measure: how much of a row and its examples can be read.
+    The entry's facts are the examples of each split, the rows, what became of those that are not there as they are
+    (`changes.recorded`), and what of them is unreadable (`Reading.recorded`).
     Raises RequestError with all broken rows.
     """
 
@@ -133,6 +137,9 @@ def encoded(
             for batch in _batches(source.read(problems, meter)):
                 made = encode(batch, problems, encoding)
                 read += len(batch)
+                if reading is not None:
+                    for row, examples in zip(batch, made, strict=True):
+                        measure(reading, row, examples)
                 for held_out, split in enumerate(SPLITS):
                     pairs = zip(batch, made, strict=True)
                     examples = [one for row, found in pairs if row.held_out == bool(held_out) for one in found]
@@ -146,7 +153,9 @@ def encoded(
                     writer.close()
         problems.raise_any()
         total, changes = read + meter.dropped, [*meter.changes.values(), *encoding.changes.values()]
-        return {**counts, "rows": total, "changes": recorded(changes, source.origins(), total)}
+        origins = source.origins()
+        unreadable = reading.recorded(origins) if reading else []
+        return {**counts, "rows": total, "changes": recorded(changes, origins, total), "unreadable": unreadable}
 
     return entry(root, name, build)
 

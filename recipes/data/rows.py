@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import SourceConfig
 from recipes.data.changes import DROPPED, PASSED_OVER, Change
+from recipes.data.messages import TOOLS, check_chat
+from recipes.data.values import wrong_text
 
 MAX_PROBLEMS = 20
 """Broken lines reported at once; a file in the wrong format would otherwise report each of its lines."""
@@ -20,7 +23,8 @@ class Row:
 
     where: `FILE` or `FILE:LINE`, for messages.
     held_out: belongs to the held-out split.
-    content: `{"text": str}`, `{"prompt": str, "completion": str}` or `{"messages": [{"role", "content"}, …]}`.
+    content: `{"text": str}`, `{"prompt": str, "completion": str}` or `{"messages": [{"role", "content"}, …]}` (as of
+    `messages.check_chat`), there also with `tools`.
     """
 
     where: str
@@ -132,8 +136,15 @@ class Fields:
 
 
 def text_fields(source: SourceConfig) -> Fields:
-    """Those of a language model: text, prompt and completion, or messages."""
-    return Fields(column_keys(source), may_be_blank=None)
+    """Those of a language model: text, prompt and completion, or messages (and the tools beside them)."""
+    if source.messages is None:
+        return Fields(column_keys(source), may_be_blank=None)
+    return Fields(column_keys(source), partial(check_chat, nulls=fills_up(source)), may_be_blank=None, also=TOOLS)
+
+
+def fills_up(source: SourceConfig) -> bool:
+    """Whether records have nulls where others have something: those of tables (Arrow) have all the same members."""
+    return source.kind in ("parquet", "hub")
 
 
 def value_of(record: dict[str, Any], column: str) -> Any:
@@ -163,25 +174,17 @@ def missing_columns(fields: Fields, key: str, present: Iterable[str], where: str
 
 
 def check_content(content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:
-    """What is wrong with the values of one row: text that is no string, chats that are no list of role and content."""
+    """What is wrong with the values of one row: text that is no string, chats that are no list of role and content.
+
+    Chats are afterwards as templates expect them.
+    """
     if "messages" in content:
-        return _check_messages(content["messages"], where, columns["messages"])
+        return check_chat(content, where, columns)
     return [
         Problem(where, "", f"column '{columns[name]}' {wrong}")
         for name, value in content.items()
         if (wrong := wrong_text(value))
     ]
-
-
-def wrong_text(value: Any) -> str:
-    """Why a value is no text that a tokenizer takes; empty when it is. JSON can spell half of a surrogate pair."""
-    if not isinstance(value, str):
-        return f"must be a string, it is {_kind(value)}"
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        return f"has half a surrogate pair at character {error.start + 1}, which is no text"
-    return ""
 
 
 def wrong_class(value: Any, where: str, column: str, wanted: str = "a name or a whole number") -> Problem | None:
@@ -197,31 +200,3 @@ def wrong_class(value: Any, where: str, column: str, wanted: str = "a name or a 
 def is_empty(content: dict[str, Any]) -> bool:
     """Whether there is nothing to learn in this row: no text, an empty completion, or a chat without turns."""
     return not (content["messages"] if "messages" in content else content.get("text", content.get("completion")))
-
-
-def _check_messages(messages: Any, where: str, column: str) -> list[Problem]:
-    if not isinstance(messages, list):
-        return [Problem(where, "", f"column '{column}' must be a list of messages, it is {_kind(messages)}")]
-    problems = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            problems.append(
-                Problem(where, "", f"message {number} must have a role and a content, it is {_kind(message)}")
-            )
-            continue
-        for part in ("role", "content"):
-            if part not in message:
-                nearest = did_you_mean(part, message) or ", ".join(map(str, message))
-                rule = f"message {number} has no '{part}'; it has: {nearest or 'nothing'}"
-                problems.append(Problem(where, "", rule, '{"role": "user", "content": "…"}'))
-            elif wrong := wrong_text(message[part]):
-                problems.append(Problem(where, "", f"'{part}' of message {number} {wrong}"))
-    return problems
-
-
-def _kind(value: Any) -> str:
-    """The type of a value in the words of JSON."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
-    return names.get(type(value), type(value).__name__)

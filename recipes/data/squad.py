@@ -11,9 +11,10 @@ from typing import Any
 from conf.errors import Problem, did_you_mean
 from recipes.data.changes import DROPPED
 from recipes.data.readers import _once, _TwiceError, read_document
-from recipes.data.rows import Meter, Problems, Row, _kind, wrong_text
+from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import FileSource
 from recipes.data.streams import BrokenFileError, FileFormat, open_text
+from recipes.data.values import kind_of, wrong_text
 
 SHOWN = 60
 """Most characters of an answer or a title in a message."""
@@ -163,7 +164,7 @@ def _answers(
     """The answers of a question; None when something is wrong with them, which is then in `problems`."""
     impossible = record.get("is_impossible", False)
     if not isinstance(impossible, bool):
-        problems.add(Problem(where, "", f"'is_impossible' must be true or false, it is {_kind(impossible)}"))
+        problems.add(Problem(where, "", f"'is_impossible' must be true or false, it is {kind_of(impossible)}"))
         return None
     if "answers" not in record and (impossible or not trained):
         return []
@@ -228,7 +229,7 @@ def _text(record: Any, name: str, place: str, problems: Problems) -> str | None:
 def _part(record: Any, name: str, kind: type, place: str, problems: Problems) -> Any:
     """A member of an object, of this type; None (and a problem with the place in the document) otherwise."""
     if not isinstance(record, dict):
-        problems.add(Problem(place, "", f"must be an object with '{name}', it is {_kind(record)}"))
+        problems.add(Problem(place, "", f"must be an object with '{name}', it is {kind_of(record)}"))
         return None
     if name not in record:
         near = did_you_mean(name, record)
@@ -237,7 +238,7 @@ def _part(record: Any, name: str, kind: type, place: str, problems: Problems) ->
         return None
     value = record[name]
     if not isinstance(value, kind) or isinstance(value, bool):
-        problems.add(Problem(place, "", f"'{name}' must be {KINDS[kind]}, it is {_kind(value)}"))
+        problems.add(Problem(place, "", f"'{name}' must be {KINDS[kind]}, it is {kind_of(value)}"))
         return None
     return value
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,18 @@ def load_tokenizer(path: str, key: str = "model.tokenizer", revision: str | None
         else:
             nearest = f"{key}=FOLDER, or a name already in the cache of HF_HOME when there is no network"
         raise RequestError(Problem(key, path, f"no tokenizer could be loaded from it ({reason})", nearest)) from error
+
+
+def without_begin(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
+    """Texts without the special tokens, written out at their beginning, that the tokenizer puts there itself."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    before = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    begin = "".join(tokenizer.convert_ids_to_tokens(whole[:before]))
+    found = list(texts)
+    for number, text in enumerate(found):
+        while begin and text.startswith(begin):
+            text = found[number] = text.removeprefix(begin)
+    return found
 
 
 def add_ends(tokenizer: PreTrainedTokenizerBase) -> None:

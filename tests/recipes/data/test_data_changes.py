@@ -134,5 +134,7 @@ def test_all_ranks_refuse_and_the_summary_tells(write, tmp_path):
     done = run(command, tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert "dropped: 2 rows" in done.stdout and done.stdout.index("dropped:") < done.stdout.index("starting the engine")
-    (change,) = json.loads((tmp_path / "run/summary.json").read_text())["changes"]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    (change,) = summary["changes"]
+    assert summary["unreadable"] == []
     assert (change["count"], change["of"], change["first"]) == (2, 40, f"{path}:3")

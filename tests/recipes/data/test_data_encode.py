@@ -7,7 +7,7 @@ import pytest
 from conf.errors import RequestError
 from recipes.data import encode
 from recipes.data.encode import Encoder, cut
-from recipes.data.rows import Problems, Row
+from recipes.data.rows import Meter, Problems, Row
 from recipes.data.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_digest, train_tokenizer
 
 TALK = [
@@ -23,9 +23,10 @@ def encoded(tokenizer, *contents):
     """[(ids, supervised)] as lists."""
     columns = {name: name for name in contents[0]}
     problems = Problems()
-    result = Encoder(tokenizer, columns, "data").encode([Row("f:1", False, content) for content in contents], problems)
+    rows = [Row("f:1", False, content) for content in contents]
+    result = Encoder(tokenizer, columns, "data").encode(rows, problems, Meter())
     problems.raise_any()
-    return [(ids.tolist(), supervised.tolist()) for ids, supervised in result]
+    return [(ids.tolist(), supervised.tolist()) for each in result for ids, supervised in each]
 
 
 def learned(tokenizer, ids, supervised) -> str:
@@ -118,6 +119,14 @@ def test_begin_token_only_where_the_tokenizer_adds_one():
     assert ids[0] == 1 and ids[-1] == 2 and ids.count(1) == ids.count(2) == 1
 
 
+@pytest.mark.parametrize("text", ["the capital", "<s>the capital", "<s><s>the capital"])
+def test_a_text_that_begins_with_the_begin_token_does_not_get_two(text):
+    tokenizer = llama_like()
+    ((ids, _),) = encoded(tokenizer, {"text": text})
+    ((alike, _),) = encoded(tokenizer, {"prompt": text, "completion": ""})
+    assert ids == alike == encoded(tokenizer, {"text": "the capital"})[0][0] and ids.count(1) == 1
+
+
 def test_long_texts_are_cut_for_encoding_without_a_trace(tokenizer, monkeypatch):
     text = "def f(x):\n    return x\n\n\nthe lazy dog\nfoo\n" * 40
     ((whole, _),) = encoded(tokenizer, {"text": text})
@@ -184,8 +193,9 @@ def test_template_that_writes_the_last_turn_differently(chat_tokenizer):
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
         "{{ m['content'] }}", think + "{{ m['content'] }}"
     )
-    ((ids, supervised),) = encoded(chat_tokenizer, {"messages": TALK})
-    assert learned(chat_tokenizer, ids, supervised) == "It is noon.<|im_end|><think></think>hello<|im_end|>"
+    found = encoded(chat_tokenizer, {"messages": TALK})
+    answers = [learned(chat_tokenizer, *one) for one in found]
+    assert answers == [f"<think></think>{text}<|im_end|>" for text in ("hello", "It is noon.")]
 
 
 def test_chat_of_a_tokenizer_that_adds_spaces():
