@@ -42,6 +42,12 @@ class Terminal:
         os.close(target)
         self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
 
+    def log_is(self, log: Path) -> None:
+        """What was captured elsewhere until now takes the place of `log`, and goes on there."""
+        if self._log is not None and self._log != log:
+            self._log.replace(log)
+            self._log = log
+
     def release(self) -> None:
         """Give the process its own stdout and stderr back."""
         if self._saved is None:
