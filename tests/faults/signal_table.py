@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,44 +106,50 @@ def covering() -> list[Cell]:
     return [*cells, cell(PHASES[0], SAVE, 1), cell(PHASES[1], KILL, LAUNCHER)]
 
 
-def document() -> Iterator[str]:
-    """The lines of docs/signals.md."""
-    names = ", ".join(number.name for number in STOPPING)
-    yield "# Signals"
-    yield ""
-    yield "What a signal does in each phase of a run: the exit code, and what the next start (`resume=auto`) finds."
-    yield "`tests/faults/signal_table.py` writes this page from the cells that `tests/faults/test_signals.py` executes:"
-    yield "every phase and every signal in `make test`, every cell in `make test-all`."
-    yield ""
-    yield f"| phase | {names} to a rank | SIGUSR1 to a rank | SIGKILL of a rank |"
-    yield "| --- | --- | --- | --- |"
+HEAD = f"""
+# Signals
+
+What a signal does in each phase of a run: the exit code, and what the next start (`resume=auto`) finds.
+`tests/faults/signal_table.py` writes this page from the cells that `tests/faults/test_signals.py` executes: every phase
+and every signal in `make test`, every cell, on either rank and the launcher, in `make test-all`.
+
+| phase | {", ".join(number.name for number in STOPPING)} to a rank | SIGUSR1 to a rank | SIGKILL of a rank |
+| --- | --- | --- | --- |
+"""
+TAIL = f"""
+- **failure**: the launcher's word for a rank that was killed, neither 0, 2 nor 75 (`deepspeed` 247, `torchrun` 1).
+
+One rank is enough: the others stop behind the same step. {EXIT_CODE} is EX_TEMPFAIL: the same command with
+`resume=auto` goes on. SIGUSR1 asks for a checkpoint behind the step at hand, and changes nothing else. SIGHUP is not heard under
+`nohup`. A second Ctrl-C, two seconds after the first or later, ends the process at once.
+
+Until `launch/train.py` runs its first lines (the imports at the interpreter's start), a signal does what it does to any
+program; nothing has begun then. A rank whose main thread waits outside of Python before the first step is ended two
+seconds after the signal; later, one that does not come to the end of its step within `checkpoint.grace_s` is ended with
+the last whole checkpoint (75), or without one (1). An export asks between two files whether it is to stop; the model
+that was there stays, and the next start writes it again. A first compilation that is broken off leaves no compiler,
+however it ends.
+
+## The launcher
+
+Any of these signals, SIGUSR1 too, ends `deepspeed` itself at once, with the signal's own exit code. Its ranks look once
+a second whether their launcher is there, and stop as for SIGTERM; so they do when it is killed, or when
+`launch/supervise.py` above it is. `torchrun` passes SIGTERM, SIGINT and SIGHUP on, and ends with 1.
+`launch/supervise.py` passes them on and ends with 75, or with 0 where the run was through; SIGUSR1 goes to rank 0.
+
+Before the ranks have met, and after, `faults.stall_s` ends a run in which nothing happens, with exit code 1 and the
+rank that does not go on. While the data are prepared any work counts, and so does waiting for the rank that does it.
+"""
+
+
+def document() -> str:
+    """docs/signals.md."""
+    lines = []
     for phase in PHASES:
         of_rank = [cell(phase, number, 0) for number in (STOPPING[0], SAVE, KILL)]
-        yield f"| {phase.name} | " + " | ".join(map(_shown, of_rank)) + " |"
-    yield ""
-    yield from (f"- **{kept}**: {words}." for kept, words in WORDS.items())
-    yield "- **failure**: the launcher's word for a rank that was killed, neither 0 nor 75 (`deepspeed` 247, `torchrun` 1)."
-    yield ""
-    yield f"One rank is enough: the others stop behind the same step. {EXIT_CODE} is EX_TEMPFAIL: the same command with"
-    yield "`resume=auto` goes on. SIGUSR1 asks for a checkpoint behind the step at hand, and changes nothing else. SIGHUP is"
-    yield "not heard under `nohup`. A second Ctrl-C, two seconds after the first or later, ends the process at once."
-    yield ""
-    yield "Until `launch/train.py` runs its first lines (the imports of the interpreter's start), a signal does what it does"
-    yield "to any program; nothing has begun then. A rank whose main thread waits outside of Python before the first step is"
-    yield "ended two seconds after the signal; later, one that does not come to the end of its step within"
-    yield "`checkpoint.grace_s` is ended with the last whole checkpoint (75), or without one (1). An export asks between two"
-    yield "files whether it is to stop; the model that was there stays, and the next start writes it again. A first"
-    yield "compilation that is broken off leaves no compiler, however it ends."
-    yield ""
-    yield "## The launcher"
-    yield ""
-    yield "Any of these signals, SIGUSR1 too, ends `deepspeed` itself at once, with the signal's own exit code. Its ranks look"
-    yield "once a second whether their launcher is there, and stop as for SIGTERM; so they do when it is killed, or when"
-    yield "`launch/supervise.py` above it is. `torchrun` passes SIGTERM, SIGINT and SIGHUP on, and ends with 1."
-    yield "`launch/supervise.py` passes them on and ends with 75, or 0 where the run was through; SIGUSR1 goes to rank 0."
-    yield ""
-    yield "Before the ranks have met, and after, `faults.stall_s` ends a run in which nothing happens, with exit code 1 and the"
-    yield "rank that does not go on. While the data are prepared any work counts, and so does waiting for the rank that does it."
+        lines.append(f"| {phase.name} | " + " | ".join(map(_shown, of_rank)) + " |")
+    kept = [f"- **{kept}**: {words}." for kept, words in WORDS.items()]
+    return "\n".join([HEAD.strip(), *lines, "", *kept, *TAIL.strip().splitlines()]) + "\n"
 
 
 def _shown(one: Cell) -> str:
@@ -152,4 +157,4 @@ def _shown(one: Cell) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(document()))
+    print(document(), end="")

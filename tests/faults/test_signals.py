@@ -150,6 +150,4 @@ def test_a_first_compilation(number: int, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_document_is_the_table() -> None:
-    assert (ROOT / "docs/signals.md").read_text() == "\n".join(document()) + "\n", (
-        "python tests/faults/signal_table.py > docs/signals.md"
-    )
+    assert (ROOT / "docs/signals.md").read_text() == document(), "python tests/faults/signal_table.py > docs/signals.md"
