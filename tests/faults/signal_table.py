@@ -120,8 +120,8 @@ TAIL = f"""
 - **failure**: the launcher's word for a rank that was killed, neither 0, 2 nor 75 (`deepspeed` 247, `torchrun` 1).
 
 One rank is enough: the others stop behind the same step. {EXIT_CODE} is EX_TEMPFAIL: the same command with
-`resume=auto` goes on. SIGUSR1 asks for a checkpoint behind the step at hand, and changes nothing else. SIGHUP is not heard under
-`nohup`. A second Ctrl-C, two seconds after the first or later, ends the process at once.
+`resume=auto` goes on. SIGUSR1 asks for a checkpoint behind the step at hand, and changes nothing else. SIGHUP is
+not heard under `nohup`. A second Ctrl-C, two seconds after the first or later, ends the process at once.
 
 Until `launch/train.py` runs its first lines (the imports at the interpreter's start), a signal does what it does to any
 program; nothing has begun then. A rank whose main thread waits outside of Python before the first step is ended two
