@@ -72,6 +72,10 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
     found = _open(folder)
     if found is not None:
         return found
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        rule = "another user's, and readable for that one alone"
+        nearest = "data.cache_dir=FOLDER of your own, or one that is shared with umask 002"
+        raise RequestError(Problem("data.cache_dir", str(folder), rule, nearest))
     with _writable(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"{name}.lock")
@@ -87,6 +91,7 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
         try:
             facts = build(partial)
             with _writable(root):
+                share(partial)
                 _finish(partial, facts)
                 os.replace(partial, folder)
                 synchronise(root)
@@ -96,6 +101,14 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
     finally:
         lock.release()
     return Entry(folder, facts)
+
+
+def share(folder: Path) -> None:
+    """Give a folder and what is in it the permissions that the umask leaves; some writers leave the owner's alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager

@@ -293,3 +293,36 @@ def test_prepared_sets_go_to_worker_processes(data, tokenizer):
     assert copy.row(5)["input_ids"].tolist() == prepared.dataset().row(5)["input_ids"].tolist()
     shutil.rmtree(data.cache_dir)
     assert len(prepared.dataset().row(6)["input_ids"]) == data.seq_length  # mapped files outlive their names
+
+
+@pytest.mark.parametrize(
+    ("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
+)
+def test_the_umask_says_who_else_may_read_it(umask, folders, files, data, tokenizer, tmp_path):
+    """Also where a writer would leave it to the owner alone."""
+
+    def build(folder: Path):
+        (folder / "below").mkdir(mode=0o700)
+        (folder / "below" / "weights").touch(mode=0o600)
+        return {}
+
+    before = os.umask(umask)
+    try:
+        entry(tmp_path / "by_hand", "one", build)
+        data.cache_dir = str(tmp_path / "shared")
+        prepare(data, None, seed=0, vocab_size=300)
+    finally:
+        os.umask(before)
+    for root in (tmp_path / "by_hand", tmp_path / "shared"):
+        for path in [root, *root.rglob("*")]:
+            assert path.stat().st_mode & 0o777 == (folders if path.is_dir() else files), path
+
+
+def test_what_another_user_keeps_is_named(data, tokenizer, tmp_path, monkeypatch):
+    data.cache_dir = str(tmp_path / "shared")
+    prepare(data, tokenizer, seed=0)
+    for manifest in (tmp_path / "shared").glob("*/manifest.json"):
+        manifest.unlink()  # root reads everything: as if it could not be opened
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(RequestError, match="another user's, and readable for that one alone"):
+        prepare(data, tokenizer, seed=0)
