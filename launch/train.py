@@ -65,7 +65,7 @@ def _caused_by_another_rank(error: Exception) -> bool:
     # Torch 2.13: gloo's, then those of the store that ranks meet in, then nccl's (ncclRemoteError, and an abort).
     signs = (
         "connection closed by peer", "connection reset by peer", "writev", "connection was likely closed",
-        "socket closed", "remote process exit", "communicator was aborted",
+        "broken pipe", "failed to recv", "socket closed", "remote process exit", "communicator was aborted",
     )  # fmt: skip
     return any(sign in str(error).lower() for sign in signs)
 

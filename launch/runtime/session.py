@@ -305,11 +305,13 @@ def _look_again(progress: Progress, found: Checkpoint, cfg: Config, run_dir: Run
     stale: the model that is kept is not the checkpoint's best. Raises RequestError where this run is shorter than what
     was done.
     """
+    from launch.runtime import resume
+
     if progress.step > steps:
         rule = f"the checkpoint is of step {progress.step}"
         nearest = f"train.steps={progress.step}, or resume=PATH of an earlier one"
         raise RequestError(Problem("train.steps", str(steps), rule, nearest))
-    judged = found.manifest["config"]["eval"]
+    judged = resume.as_of_now(found.manifest["config"])["eval"]
     otherwise = any(
         judged.get(key) != getattr(cfg.eval, key) for key in ("metric", "beams", "new_tokens", "bleu_tokens")
     )
@@ -389,4 +391,5 @@ def restored(engine: Engine, found: Checkpoint, layout: Layout) -> Progress:
     manifest = found.manifest
     saved = SavedState(found.files, manifest["tensors"], manifest["layout"]["tensor"])
     restore(engine, saved, manifest["state"], same_layout(found, layout))
-    return Progress(**manifest["progress"])
+    known = Progress.__dataclass_fields__
+    return Progress(**{name: value for name, value in manifest["progress"].items() if name in known})

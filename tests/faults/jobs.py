@@ -205,6 +205,7 @@ def _launcher(
         if pid == 0:
             _rank(rank, port, folder, arguments, faults, poisoned)
         ranks.append(pid)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the interpreter ends at a Ctrl-C that nobody catches
     (folder / "pids.json").write_text(json.dumps({"launcher": os.getpid(), "ranks": ranks}))
     os._exit(wait_for(set(ranks)) & 0xFF)
 
