@@ -1,7 +1,7 @@
 """Checkpoints of a release, which every later one must resume: `python tests/golden/make.py VERSION`.
 
 Writes `tests/golden/VERSION/`: for each run of `RUNS` a checkpoint after step 3 and what the steps behind it gave. They
-stay; a release adds its own (`test_golden.py` resumes all there are). Tokenizer and rows are beside them, and stay, too.
+stay; a release adds its own (`test_golden.py` resumes all there are). Tokenizer and rows beside them stay, too.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(root), str(root / "tests")]
 
 from commands import TRAIN, environment, launcher, rows, run
 
+HERE = Path(__file__).resolve().parent
 SAVED, STEPS = 3, 6
 COMMON = (
     "data.seq_length=32", "batch.global_size=8", "batch.micro_size=2", f"train.steps={STEPS}",
@@ -29,14 +30,14 @@ RUNS = {
     "language_model": (2, (
         "+recipe=quickstart", "model=llama_tiny", "data=text", "data.path=text.txt", "model.config.vocab_size=280",
         "model.config.hidden_size=8", "model.config.intermediate_size=16", "model.config.num_attention_heads=2",
-        "model.config.num_key_value_heads=1", "model.config.max_position_embeddings=32", "zero=stage2", "optimizer.lr=0.03",
-        "eval.new_tokens=2", *COMMON,
+        "model.config.num_key_value_heads=1", "model.config.max_position_embeddings=32", "zero=stage2",
+        "optimizer.lr=0.03", "eval.new_tokens=2", *COMMON,
     )),
     "classes": (1, (
         "+recipe=classify_packages", "model=bert_4m", "data=csv", "data.path=rows.csv", "data.vocab_size=null",
         "model.config.hidden_size=8", "model.config.intermediate_size=16", "model.config.num_attention_heads=2",
-        "model.config.num_hidden_layers=1", "model.config.max_position_embeddings=32", "zero=stage3", "batch.accumulation=4", "optimizer.lr=0.01",
-        *COMMON,
+        "model.config.num_hidden_layers=1", "model.config.max_position_embeddings=32", "zero=stage3",
+        "batch.accumulation=4", "optimizer.lr=0.01", *COMMON,
     )),
 }  # fmt: skip
 """Name → (ranks, arguments); in a folder with the tokenizer and the rows."""
@@ -46,7 +47,7 @@ def write_rows() -> None:
     """The text, the table and the tokenizer; once, they are never written again."""
     from recipes.data.tokenizer import train_tokenizer
 
-    numbers = "zero one two three four five six seven eight nine".split()
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     lines = [
         f"{numbers[a]} and {numbers[b]} are {a + b}, {numbers[b]} times {numbers[a]} is {a * b}."
         for a in range(10)
@@ -71,7 +72,9 @@ def make(target: Path) -> None:
             folder = Path(scratch)
             lay_out(folder)
             command = [*launcher("torchrun" if ranks > 1 else "python", ranks), TRAIN, *arguments]
-            done = run([*command, f"checkpoint.every={SAVED}", "checkpoint.keep=9"], folder, environment(folder / "xdg"))
+            done = run(
+                [*command, f"checkpoint.every={SAVED}", "checkpoint.keep=9"], folder, environment(folder / "xdg")
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             training, evaluations = rows(folder / "run")
             kept = [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in training[SAVED:]]
