@@ -92,6 +92,20 @@ def test_whatever_changes_the_tokens_tokenises_again(data, tokenizer, chat_token
     assert everything(after.train[0]) != everything(before.train[0])
 
 
+@pytest.mark.parametrize("where", ["other.jsonl", "below/rows.jsonl", "rows.jsonl.gz"])
+def test_the_same_rows_elsewhere_are_the_same_rows(data, tokenizer, write, monkeypatch, where):
+    """Under another path they are found in the cache; in another form they are read again, and still the same."""
+    before = prepare(data, tokenizer, seed=0)
+    data.path = str(write(where, TEXTS))
+    if not where.endswith(".gz"):
+        monkeypatch.setattr(encode.Encoder, "encode", no_encoding)
+    after = prepare(data, tokenizer, seed=0)
+    assert after.report["fingerprint"] == before.report["fingerprint"]
+    data.cache_dir = f"{data.cache_dir}-2"
+    monkeypatch.undo()
+    assert prepare(data, tokenizer, seed=0).report["fingerprint"] == before.report["fingerprint"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "longer", "gone", "manifest"])
 def test_a_damaged_entry_is_rebuilt(data, tokenizer, damage):
     before = everything(prepare(data, tokenizer, seed=0).train[0])
