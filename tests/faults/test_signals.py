@@ -125,6 +125,27 @@ def test_a_rank_that_hangs_before_the_others_are_met(unbroken: Path) -> None:
         assert "rank 0: waits in init_distributed" in text, text
 
 
+def test_a_sample_that_takes_too_long(unbroken: Path) -> None:
+    """All is written but the sample: a run that is asked to stop there has come to its end."""
+    folder = unbroken.parent / "sample"
+    faults = Fault(0, HANG, "generation"), Fault(0, signal.SIGTERM, "generation", after_s=0.1)
+    outcome = run_job(folder, *faults, more=("checkpoint.grace_s=1", "checkpoint.every=0", "checkpoint.keep=2"))
+    assert outcome.code == 0 and not outcome.orphans, said(folder)
+    assert json.loads((folder / "run/summary.json").read_text())["sample"] is None
+
+
+@thorough
+def test_the_model_that_is_kept_is_the_best_one_after_a_stop_in_its_export(unbroken: Path) -> None:
+    """An evaluation whose model was not written is taken again."""
+    more = ("eval.metric=loss",)
+    whole, folder = unbroken.parent / "best", unbroken.parent / "best_stopped"
+    assert run_job(whole, more=more).code == 0, said(whole)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        assert run_job(folder, Fault(0, number, "export"), more=more).code in (75, 247), said(folder)
+    assert run_job(folder, more=more).code == 0, said(folder)
+    check_through(folder, whole)
+
+
 def compilers(folder: Path) -> list[str]:
     """Processes that compile for jobs in a folder, by the variable that they inherit."""
     found = []
