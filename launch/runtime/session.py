@@ -17,7 +17,7 @@ from conf.rules_run import unsaveable
 from conf.schema import Config
 from launch.runtime import parents, processes
 from launch.runtime.closing import closing, others
-from launch.runtime.console import Bar, Terminal
+from launch.runtime.console import STARTING, Bar, Terminal
 from launch.runtime.ds_config import ds_config
 from launch.runtime.metrics import TRACKERS, MetricsLog
 from launch.runtime.request import Request
@@ -121,7 +121,7 @@ def train(request: Request, terminal: Terminal, wishes: Wishes | None = None) ->
         terminal.say("starting the engine" + (" (a machine's first such run compiles a kernel)" if compiles else ""))
         log = run_dir.logs / f"rank_{ranks.rank}.log"
         # Only rank 0 knows that the folder is this run's: until they meet, the others leave the logs there alone.
-        terminal.capture(log if ranks.first else log.with_name(f".{log.name}.new"))
+        terminal.capture(log if ranks.first else log.with_name(f".{log.name}{STARTING}"))
         watchdog.beat("the meeting of the ranks")
         device = processes.join(ranks, request.device, cfg.train.threads, cfg.faults.stall_s)
         terminal.log_is(log)

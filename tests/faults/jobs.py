@@ -38,8 +38,9 @@ CALM_S = 30.0
 INTERPRETER_S = 1.0
 """What an interpreter takes to end, which forked ranks do not: others may notice that a rank is gone before its
 launcher knows the exit code."""
-HANG, VANISH, NO_MEMORY = -1, -2, -3
-"""In the place of a signal: the process does not go on; the run directory is deleted; the device has no memory left."""
+HANG, VANISH, NO_MEMORY, DELAY = -1, -2, -3, -4
+"""In the place of a signal: the process does not go on; the run directory is deleted; the device has no memory left;
+the process goes on `after_s` seconds later."""
 Act = Callable[[], None]
 
 
@@ -70,6 +71,8 @@ def _act(fault: Fault, folder: Path) -> None:
         time.sleep(1000)
     elif fault.signal == VANISH:
         shutil.rmtree(folder / "run")
+    elif fault.signal == DELAY:
+        time.sleep(fault.after_s)
     elif fault.after_s:
         threading.Timer(fault.after_s, os.kill, (os.getpid(), fault.signal)).start()
     elif fault.signal == NO_MEMORY:
@@ -132,8 +135,8 @@ def _places() -> dict[str, tuple[Any, str]]:
 
 
 PHASES = (
-    "start", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish", "rename", "prune",
-    "generation",
+    "start", "join", "engine", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish", "rename",
+    "prune", "export", "generation", "close",
 )  # fmt: skip
 
 
@@ -152,9 +155,9 @@ class Fault:
     after_s: float = 0.0
 
     def __str__(self) -> str:
-        name = {HANG: "hang", VANISH: "vanish", NO_MEMORY: "no memory"}.get(self.signal) or signal.Signals(
+        name = {HANG: "hang", VANISH: "vanish", NO_MEMORY: "no memory", DELAY: "delay"}.get(
             self.signal
-        ).name
+        ) or signal.Signals(self.signal).name
         return f"{name} {self.who} " + (f"{self.phase} {self.at}" if self.phase else f"after {self.after_s:.2f} s")
 
 

@@ -24,7 +24,6 @@ from signal_table import (
     SAVE,
     STEP,
     Cell,
-    Phase,
     chain,
     covering,
     document,
@@ -95,16 +94,18 @@ def test_all_phases(number: signal.Signals, who: int, unbroken: Path) -> None:
     check_through(folder, unbroken)
 
 
+ALONE = [
+    *(one for who in (0, 1) for one in chain(SAVE, who)),
+    *(one for number in (*STOPPING, KILL, SAVE) for one in chain(number, LAUNCHER)),
+]
+"""What does not stop a run at once: a request, and the launcher's end."""
+
+
 @thorough
-@pytest.mark.parametrize("who", (0, 1, LAUNCHER))
-@pytest.mark.parametrize("number", (*STOPPING, KILL, SAVE))
-@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.place)
-def test_one_phase(phase: Phase, number: signal.Signals, who: int | str, unbroken: Path) -> None:
-    """What does not stop a run at once, each in a run of its own: a request, the launcher's end."""
-    one = next((one for one in chain(number, who) if one.phase == phase), None)
-    if one is None or (number != SAVE and who != LAUNCHER):
-        pytest.skip("in test_all_phases, or rank 0 alone does it")
-    folder = unbroken.parent / f"{number.name}_{phase.place}_{who}"
+@pytest.mark.parametrize("one", ALONE, ids=str)
+def test_one_phase(one: Cell, unbroken: Path) -> None:
+    """In a run of its own."""
+    folder = unbroken.parent / f"{one.signal.name}_{one.phase.place}_{one.who}"
     execute(one, folder)
     assert one.code != DIED or run_job(folder).code == 0, said(folder)
     check_through(folder, unbroken)
