@@ -135,8 +135,8 @@ def _places() -> dict[str, tuple[Any, str]]:
 
 
 PHASES = (
-    "start", "join", "engine", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish", "rename",
-    "prune", "export", "generation", "close",
+    "start", "join", "engine", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish",
+    "rename", "prune", "export", "generation", "close",
 )  # fmt: skip
 
 

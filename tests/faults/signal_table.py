@@ -54,7 +54,7 @@ PHASES = (
     Phase("restore", "restore", BEFORE, BEFORE),
     Phase("evaluation", "evaluation", STEP, LAST),
     Phase("save", "write", STEP, LAST),
-    Phase("last export", "export", STEP, LAST),
+    Phase("export", "export", STEP, LAST),
     Phase("generation", "generation", ALL, ALL, first_only=True),
     Phase("end", "close", ALL, ALL),
 )

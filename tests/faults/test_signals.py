@@ -39,10 +39,15 @@ pytestmark = pytest.mark.slow
 thorough = pytest.mark.skipif(not THOROUGH, reason="make test-all")
 
 
+def job(folder: Path, *faults: Fault, more: tuple[str, ...] = (), extensions: Path | None = None) -> Outcome:
+    """One that keeps the best model: it is exported after each evaluation here, where another one stood."""
+    return run_job(folder, *faults, more=("eval.metric=loss", *more), extensions=extensions)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals") / "unbroken"
-    assert run_job(folder).code == 0, said(folder)
+    assert job(folder).code == 0, said(folder)
     return folder
 
 
@@ -54,9 +59,9 @@ def said(folder: Path) -> str:
 def execute(one: Cell, folder: Path, *more: Fault) -> Outcome:
     """A signal in a phase of the run in a folder: its exit code, and what is kept."""
     if one.phase.place == "restore" and not saved(folder):
-        assert run_job(folder, Fault(0, signal.SIGTERM, "step", 2)).code == 75
+        assert job(folder, Fault(0, signal.SIGTERM, "step", 2)).code == 75
     before = saved(folder)
-    outcome = run_job(folder, Fault(one.who, one.signal, one.phase.place, one.phase.at), *more)
+    outcome = job(folder, Fault(one.who, one.signal, one.phase.place, one.phase.at), *more)
     why = f"{one}: {outcome}\n{said(folder)}"
     assert not outcome.orphans, why
     if one.code == ANY_FAILURE:
@@ -90,7 +95,7 @@ def test_all_phases(number: signal.Signals, who: int, unbroken: Path) -> None:
     folder = unbroken.parent / f"{number.name}_{who}"
     for one in chain(number, who):
         execute(one, folder)
-    assert run_job(folder).code == 0, said(folder)
+    assert job(folder).code == 0, said(folder)
     check_through(folder, unbroken)
 
 
@@ -107,7 +112,7 @@ def test_one_phase(one: Cell, unbroken: Path) -> None:
     """In a run of its own."""
     folder = unbroken.parent / f"{one.signal.name}_{one.phase.place}_{one.who}"
     execute(one, folder)
-    assert one.code != DIED or run_job(folder).code == 0, said(folder)
+    assert one.code != DIED or job(folder).code == 0, said(folder)
     check_through(folder, unbroken)
     shutil.rmtree(folder)
 
@@ -115,10 +120,10 @@ def test_one_phase(one: Cell, unbroken: Path) -> None:
 def test_a_rank_that_hangs_before_the_others_are_met(unbroken: Path) -> None:
     """The watchdog looks on from the preparation of the data; so does who ends ranks without a launcher."""
     folder = unbroken.parent / "left"
-    assert not run_job(folder, Fault(1, HANG, "start"), Fault(LAUNCHER, KILL, "join")).orphans
+    assert not job(folder, Fault(1, HANG, "start"), Fault(LAUNCHER, KILL, "join")).orphans
     for phase in ("start", "join") if THOROUGH else ("start",):
         folder = unbroken.parent / f"hang_{phase}"
-        outcome = run_job(folder, Fault(1, HANG, phase), more=("faults.stall_s=3",))
+        outcome = job(folder, Fault(1, HANG, phase), more=("faults.stall_s=3",))
         assert outcome.code == 1 and not outcome.orphans and outcome.seconds < 40
         text = said(folder)
         assert "nothing has happened for 3 s (faults.stall_s), in the meeting of the ranks" in text, text
@@ -130,21 +135,9 @@ def test_a_sample_that_takes_too_long(unbroken: Path) -> None:
     """All is written but the sample: a run that is asked to stop there has come to its end."""
     folder = unbroken.parent / "sample"
     faults = Fault(0, HANG, "generation"), Fault(0, signal.SIGTERM, "generation", after_s=0.1)
-    outcome = run_job(folder, *faults, more=("checkpoint.grace_s=1", "checkpoint.every=0", "checkpoint.keep=2"))
+    outcome = job(folder, *faults, more=("checkpoint.grace_s=1", "checkpoint.every=0", "checkpoint.keep=2"))
     assert outcome.code == 0 and not outcome.orphans, said(folder)
     assert json.loads((folder / "run/summary.json").read_text())["sample"] is None
-
-
-@thorough
-def test_the_model_that_is_kept_is_the_best_one_after_a_stop_in_its_export(unbroken: Path) -> None:
-    """An evaluation whose model was not written is taken again."""
-    more = ("eval.metric=loss",)
-    whole, folder = unbroken.parent / "best", unbroken.parent / "best_stopped"
-    assert run_job(whole, more=more).code == 0, said(whole)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        assert run_job(folder, Fault(0, number, "export"), more=more).code in (75, 247), said(folder)
-    assert run_job(folder, more=more).code == 0, said(folder)
-    check_through(folder, whole)
 
 
 def compilers(folder: Path) -> list[str]:
@@ -164,7 +157,7 @@ def test_a_first_compilation(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     extensions = tmp_path / "extensions"
     more = ("zero.stage=2", "zero.offload_optimizer=cpu")
     fault = Fault(0, number, "compiler", after_s=1.5)
-    outcome = run_job(tmp_path / "job", fault, more=more, extensions=extensions)
+    outcome = job(tmp_path / "job", fault, more=more, extensions=extensions)
     assert outcome.code == (247 if number == KILL else 75) and not outcome.orphans, said(tmp_path / "job")
     end = time.monotonic() + 5
     while (left := compilers(extensions)) and time.monotonic() < end:
