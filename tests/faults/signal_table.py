@@ -54,12 +54,12 @@ PHASES = (
     Phase("restore", "restore", BEFORE, BEFORE),
     Phase("evaluation", "evaluation", STEP, LAST),
     Phase("save", "write", STEP, LAST),
-    Phase("export", "export", STEP, LAST),
+    Phase("export", "export", STEP, LAST, at=2),
     Phase("generation", "generation", ALL, ALL, first_only=True),
     Phase("end", "close", ALL, ALL),
 )
 """In an order in which one run can be stopped in all of them, one after the other: three checkpoints, an evaluation
-after step 5, 12 steps in all."""
+after step 5, 12 steps in all. The export is the last one, where a model of an earlier evaluation stands."""
 
 
 @dataclass(frozen=True)
