@@ -134,8 +134,9 @@ however it ends.
 
 Any of these signals, SIGUSR1 too, ends `deepspeed` itself at once, with the signal's own exit code. Its ranks look once
 a second whether their launcher is there, and stop as for SIGTERM; so they do when it is killed, or when
-`launch/supervise.py` above it is. `torchrun` passes SIGTERM, SIGINT and SIGHUP on, and ends with 1.
-`launch/supervise.py` passes them on and ends with 75, or with 0 where the run was through; SIGUSR1 goes to rank 0.
+`launch/supervise.py` above it is. `torchrun` passes SIGTERM, SIGINT and SIGHUP on, and ends with 1;
+SIGUSR1 ends it, too. `launch/supervise.py` passes them on and ends with 75, or with 0 where the run was
+through; SIGUSR1 goes to rank 0.
 
 Before the ranks have met, and after, `faults.stall_s` ends a run in which nothing happens, with exit code 1 and the
 rank that does not go on. While the data are prepared any work counts, and so does waiting for the rank that does it.
