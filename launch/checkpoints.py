@@ -79,15 +79,12 @@ def _export(folder: Path, out: str, step: str) -> int:
     if found is None or damage:
         raise RequestError(Problem("step", step or "newest", "; ".join(damage), "the step of a whole one"))
 
-    from omegaconf import OmegaConf
-
-    from conf.schema import Config
     from launch.runtime.export import export_saved
+    from launch.runtime.resume import config_of
     from launch.runtime.state import SavedState
     from recipes import recipe_class
 
-    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), found.manifest["config"]))
-    assert isinstance(cfg, Config)
+    cfg = config_of(found, lambda text: print(text, file=sys.stderr))
     recipe = recipe_class(cfg.task)(cfg)
     recipe.prepare()
     saved = SavedState(found.files, found.manifest["tensors"], found.manifest["layout"]["tensor"])

@@ -5,12 +5,14 @@ at most `restarts` times, each time twice as long after the last (from backoff_s
 further. With the ranks that are left: GPUs that went away are not counted on, and after two starts in a row that got no
 further it goes on with fewer ranks, never fewer than `least`. Then it says what the interruptions cost (goodput).
 Ctrl-C and SIGTERM reach the run, which saves a checkpoint; the exit code is 75 then. So does SIGUSR1, which asks for a
-checkpoint only.
+checkpoint only. When this process is killed its ranks save and end, too; one that is started anew waits for that, as it
+does for any other run that is at work in the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -25,6 +27,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import psutil
+from filelock import FileLock, Timeout
 
 from conf.compose import compose
 from conf.environment import detect
@@ -32,6 +35,7 @@ from conf.errors import Problem, RequestError
 from conf.schema import Config
 from launch.runtime.checkpoint import all_of
 from launch.runtime.interruption import EXIT_CODE
+from launch.runtime.parents import SUPERVISOR
 from launch.runtime.processes import free_port
 from launch.runtime.request import run_command, split_arguments
 
@@ -63,6 +67,7 @@ class Supervisor:
         self._asked = False
         self._child: subprocess.Popen[bytes] | None = None
         self._record = Record(time.monotonic())
+        self._rows_before = self._rows()
 
     def run(self) -> int:
         """The exit code of the run in the end."""
@@ -72,8 +77,14 @@ class Supervisor:
         signal.signal(signal.SIGUSR1, self._ask_for_a_checkpoint)
         ranks, record = self._own["ranks"], self._record
         while True:
+            self._wait_for_the_folder()
+            if self._asked:
+                code = EXIT_CODE
+                break
             before = self._saved()
             code = self._once(ranks)
+            if code == 2 and self._is_busy():  # another run was quicker
+                continue
             if code == 0 or code == 2 or self._asked:
                 break
             seen, saved = self._seen(), self._saved()
@@ -102,7 +113,8 @@ class Supervisor:
             "--master_port", str(free_port()), str(train), *self._overrides, "resume=auto",
         ]  # fmt: skip
         # A session of its own: whatever the launcher leaves behind, is found by it and ended.
-        self._child = subprocess.Popen(command, start_new_session=True)
+        surroundings = {**os.environ, SUPERVISOR: str(os.getpid())}
+        self._child = subprocess.Popen(command, start_new_session=True, env=surroundings)
         if self._asked:  # meanwhile
             self._stop_child()
         code = self._child.wait()
@@ -111,6 +123,28 @@ class Supervisor:
             time.sleep(0.1)
         _signal(self._child.pid, signal.SIGKILL)
         return code
+
+    def _is_busy(self) -> bool:
+        """Whether a run is at work in the folder: another one, or what a killed supervisor has left."""
+        lock = self._run_dir / ".lock"
+        if not lock.exists():
+            return False
+        try:
+            FileLock(lock).acquire(timeout=0).lock.release()
+        except Timeout:
+            return True
+        return False
+
+    def _wait_for_the_folder(self) -> None:
+        if not self._is_busy():
+            return
+        self._say(f"another run is at work in {self._run_dir}; waiting for its end")
+        started = time.monotonic()
+        while not self._asked and self._is_busy():
+            time.sleep(0.5)
+        self._record.waited_s += time.monotonic() - started
+        if self._child is None:
+            self._rows_before = self._rows()
 
     def _pass_on(self, number: int, frame: object) -> None:
         self._asked = True
@@ -167,9 +201,15 @@ class Supervisor:
         return max((int(str(row["step"])) for row in self._rows()), default=0)
 
     def _goodput(self) -> str:
-        """Share of the wall time that went into steps (and evaluations) that are part of the run."""
+        """Share of the wall time that went into steps (and evaluations) that are part of the run.
+
+        Of those that were taken since; the rows of earlier starts stand before them.
+        """
         wall = time.monotonic() - self._record.started
-        useful = sum(float(str(row.get("step_s", row.get("eval_s", 0.0)))) for row in self._rows())
+        rows = self._rows()
+        pairs = itertools.zip_longest(rows, self._rows_before[: len(rows)])
+        own = [row for row, _ in itertools.dropwhile(lambda pair: pair[0] == pair[1], pairs)]
+        useful = sum(float(str(row.get("step_s", row.get("eval_s", 0.0)))) for row in own)
         record = self._record
         return (
             f"goodput {min(1.0, useful / wall):.2f}: {useful:.0f} s of {wall:.0f} s in steps that count;"

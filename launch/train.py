@@ -14,7 +14,8 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 import launch.runtime.parents  # noqa: F401 - looks who started this process, while that one is surely there
 from launch.runtime.console import Terminal
-from launch.runtime.processes import check_port
+from launch.runtime.interruption import EXIT_CODE, InterruptedRunError, Wishes
+from launch.runtime.processes import check_port, ranks_from_environment
 from launch.runtime.request import read_request, run_command
 from launch.runtime.session import train
 
@@ -25,33 +26,32 @@ they see, and look once a second."""
 
 
 def main(argv: list[str]) -> int:
-    request = read_request(argv, COMMAND)
-    check_port(request.ranks)
-    terminal = Terminal(request.ranks.first)
+    ranks, wishes = ranks_from_environment(), Wishes()
+    terminal = Terminal(ranks.first)
     try:
-        train(request, terminal)
+        with wishes.heard(to_the_end=True):
+            request = read_request(argv, COMMAND)
+            check_port(request.ranks)
+            train(request, terminal, wishes)
+    except InterruptedRunError as error:
+        terminal.say(str(error))
+        return EXIT_CODE if error.resumable else 1
     except Exception as error:
         from conf.errors import RequestError
-        from launch.runtime.interruption import EXIT_CODE, InterruptedRunError
         from launch.runtime.out_of_memory import DeviceMemoryError
 
         if isinstance(error, RequestError):
             raise
-        if isinstance(error, InterruptedRunError):
-            terminal.say(str(error))
-            return EXIT_CODE if error.resumable else 1
         traceback.print_exc()  # to this rank's log
         if isinstance(error, DeviceMemoryError):
-            if not request.ranks.first:  # rank 0 says the same, where it had no memory either; then this one is ended
+            if not ranks.first:  # rank 0 says the same, where it had no memory either; then this one is ended
                 time.sleep(OTHERS_FIRST_S)
             terminal.error.write(f"{error}\n")
             terminal.error.flush()
         elif _caused_by_another_rank(error):
             time.sleep(OTHERS_FIRST_S)
         else:
-            terminal.error.write(
-                f"{terminal.tail()}error: rank {request.ranks.rank}: {type(error).__name__}: {error}\n"
-            )
+            terminal.error.write(f"{terminal.tail()}error: rank {ranks.rank}: {type(error).__name__}: {error}\n")
             terminal.error.flush()
         # Not through the interpreter's exit: it may wait for collectives that the other ranks never join.
         os._exit(1)
@@ -65,7 +65,7 @@ def _caused_by_another_rank(error: Exception) -> bool:
     # Torch 2.13: gloo's, then those of the store that ranks meet in, then nccl's (ncclRemoteError, and an abort).
     signs = (
         "connection closed by peer", "connection reset by peer", "writev", "connection was likely closed",
-        "socket closed", "remote process exit", "communicator was aborted",
+        "broken pipe", "failed to recv", "socket closed", "remote process exit", "communicator was aborted",
     )  # fmt: skip
     return any(sign in str(error).lower() for sign in signs)
 

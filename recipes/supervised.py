@@ -46,9 +46,9 @@ GENERAL = (*OF_ALL, "overlong", "empty", "bucketing")
 """Keys of `data` that every task reads, and every task of examples."""
 NOT_OF_ROWS = (
     "cache_dir", "bucketing", "max_dropped", "max_unreadable", "max_expansion", "max_pixels", "chat_date",
-    "chat_options", "revision",
+    "chat_options", "revision", "path", "eval_path", "target_path", "eval_target_path",
 )  # fmt: skip
-"""Keys of `data` that change no example, or that a source has in its own fingerprint."""
+"""Keys of `data` that change no example, or that are in a source's own fingerprint: of files the content decides."""
 OF_LANGUAGE_MODELS = ("text", "prompt", "completion", "messages", "weight", "chat_date", "chat_options")
 """Keys of data that only language models read, unless a task names them among its own."""
 
@@ -189,7 +189,7 @@ class Supervised(Recipe):
 
     def prepare(self, progress: Progress | None = None) -> None:
         from recipes.data.cache import key_of
-        from recipes.data.store import default_cache_dir
+        from recipes.data.store import ROWS, default_cache_dir
         from recipes.models.pretrained import local_folder
 
         cfg, data = self.cfg, self.cfg.data
@@ -216,7 +216,11 @@ class Supervised(Recipe):
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
             ) from error
         changes += reported(store.facts["changes"], source.name, source.origins())
-        self.report = {"fingerprint": store.folder.name, "source": source.name, "labels": self._counts}
+        self.report = {
+            "fingerprint": ROWS + key_of(store.content, self.labels),
+            "source": source.name,
+            "labels": self._counts,
+        }
         self.report |= {split: store.facts[split] for split in SPLITS} | {"changes": changes}
         if problems := check_dropped(changes, "data", store.facts["rows"], data.max_dropped):
             raise RequestError(problems)

@@ -9,6 +9,7 @@ This is the side that reads; `launch/runtime/saving.py` writes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from conf.errors import Problem, RequestError
 FORMAT = 1
 MANIFEST = "manifest.json"
 PREFIX = "step_"
+NAME = re.compile(PREFIX + r"\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,30 @@ def read(folder: Path) -> Checkpoint:
 
 def all_of(folder: Path) -> Iterator[tuple[Path, Checkpoint | None]]:
     """The checkpoints in a folder of them, newest first; None in the place of one whose manifest cannot be read."""
-    for entry in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+    for entry in own(folder):
         try:
-            yield entry, read(entry)
+            found = read(entry)
         except RequestError:
             yield entry, None
+        else:
+            if found.step == step_of(entry):  # else a user's copy under the name of another step
+                yield entry, found
+
+
+def own(folder: Path) -> list[Path]:
+    """What saves have published in a folder, newest first. Other names there are a user's: copies, notes, links."""
+    entries = (entry for entry in folder.glob(f"{PREFIX}*") if NAME.fullmatch(entry.name))
+    return sorted((entry for entry in entries if entry.is_dir() and not entry.is_symlink()), reverse=True)
+
+
+def step_of(entry: Path) -> int:
+    """The step of a checkpoint by the name of its folder."""
+    return int(entry.name.removeprefix(PREFIX))
 
 
 def unfinished(folder: Path) -> list[Path]:
     """What saves left behind that never came to their end."""
-    return sorted(folder.glob(f".{PREFIX}*.tmp"))
+    return [entry for entry in sorted(folder.glob(f".{PREFIX}*.tmp")) if NAME.fullmatch(entry.name[1:-4])]
 
 
 def newest(folder: Path, say: Any = lambda text: None) -> Checkpoint | None:

@@ -18,6 +18,9 @@ TAIL_LINES = 20
 LINE_EVERY_S = 10.0
 """Without a terminal (a file, CI) a line of progress at most this often."""
 
+STARTING = ".new"
+"""Ends the name of a log until `log_is`."""
+
 
 class Terminal:
     """Rank 0 speaks here; the other ranks are silent. Until `capture` the process's own stdout and stderr are used."""
@@ -44,6 +47,12 @@ class Terminal:
         os.close(target)
         self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
 
+    def log_is(self, log: Path) -> None:
+        """What was captured elsewhere until now takes the place of `log`, and goes on there."""
+        if self._log is not None and self._log != log:
+            self._log.replace(log)
+            self._log = log
+
     def release(self) -> None:
         """Give the process its own stdout and stderr back."""
         if self._saved is None:
@@ -55,6 +64,8 @@ class Terminal:
             os.close(saved)
         self._out.close()
         self.error.close()
+        if self._log is not None and self._log.name.endswith(STARTING):  # another run's folder, perhaps
+            self._log.unlink(missing_ok=True)
         self._saved, self._out, self.error = None, sys.stdout, sys.stderr
         self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -460,7 +460,7 @@ class Engine:
         """Hugging Face names of the whole model's parameters and saved buffers → bytes; a collective call."""
         return self._own_tensors()
 
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self) -> Generator[tuple[str, torch.Tensor]]:
         """(name, whole tensor) of all `tensors()`, in their order, one by one; a collective call.
 
         The tensor is good on rank 0. Nothing is kept gathered.

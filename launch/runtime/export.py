@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -30,21 +31,27 @@ SHARD_BYTES = 4 * 2**30
 Tensors = dict[str, torch.Tensor]
 
 
-def export(engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES) -> OSError | None:
+def export(
+    engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES,
+    check: Callable[[], object] = lambda: None,
+) -> OSError | None:  # fmt: skip
     """Write the engine's model to `folder` so that `from_pretrained` loads it. A collective call; rank 0 writes.
 
-    Returns, on rank 0, why it could not be written; what was there before is there still then.
+    Returns, on rank 0, why it could not be written; what was there before is there still then. And when `check` raises,
+    which all ranks call together before each shard.
 
     Parameters are gathered one at a time. The folder appears whole, by a rename, or not at all. Weights are in the
     dtype that training computed with, under the names that the family's checkpoints on the hub have.
     """
     stream, sizes = engine.stream(), engine.tensors()
     try:
-        _write_model(engine.module, recipe, stream, sizes, folder, first, shard_bytes)
-    except OSError as error:
-        for _ in stream:  # the other ranks send what they have
-            pass
-        shutil.rmtree(folder.with_name(f".{folder.name}.tmp"), ignore_errors=True)
+        _write_model(engine.module, recipe, stream, sizes, folder, first, shard_bytes, check)
+    except BaseException as error:
+        stream.close()  # on every rank: the last parameter it gathered is released
+        if first:
+            shutil.rmtree(_scratch(folder), ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         return error
     return None
 
@@ -79,7 +86,7 @@ def export_saved(saved: SavedState, recipe: Recipe, folder: Path, shard_bytes: i
 
 def _write_model(
     model: PreTrainedModel, recipe: Recipe, stream: Iterator[tuple[str, torch.Tensor]], sizes: dict[str, int],
-    folder: Path, first: bool, shard_bytes: int,
+    folder: Path, first: bool, shard_bytes: int, check: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -95,7 +102,7 @@ def _write_model(
     def rename(held: Tensors) -> Tensors:
         return revert_weight_conversion(model, held)
 
-    _write(stream, sizes, folder, describe, rename, first, shard_bytes)
+    _write(stream, sizes, folder, describe, rename, first, shard_bytes, check)
 
 
 def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -154,32 +161,39 @@ def _write(
     rename: Callable[[Tensors], Tensors],
     first: bool,
     shard_bytes: int,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write (name, tensor) pairs in the order and of the bytes of `sizes`; ranks other than the first only listen."""
+    """Write (name, tensor) pairs in the order and of the bytes of `sizes`; ranks other than the first only listen.
+
+    Raises the first OSError once everything has come: the other ranks send, and check, to the end.
+    """
     plan = _shards(sizes, shard_bytes)
     scratch = _scratch(folder)
-    if first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
     index: dict[str, str] = {}
     total = 0
-    for number, names in enumerate(plan, 1):
-        held: Tensors = {}
-        for expected in names:
-            name, value = next(stream)
-            assert name == expected, f"{name} came in place of {expected}"
-            if first:
-                held[name] = value.to("cpu", copy=True).contiguous()
-        if first:
-            held = {name: value.contiguous() for name, value in rename(held).items()}
-            file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            save_file(held, scratch / file, metadata={"format": "pt"})
-            (scratch / file).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-            index |= dict.fromkeys(held, file)
-            total += sum(value.nbytes for value in held.values())
-    # Run the generator to its end on every rank: the last parameter it gathered is released there, together.
-    assert next(stream, None) is None, "more tensors than were announced"
-    if first:
+    problem: OSError | None = None
+
+    def attempt(action: Callable[[], object]) -> None:
+        nonlocal problem
+        try:
+            if first and problem is None:
+                action()
+        except OSError as error:
+            problem = error
+
+    def begin() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+
+    def write(file: str, held: Tensors) -> None:
+        nonlocal total
+        held = {name: value.contiguous() for name, value in rename(held).items()}
+        save_file(held, scratch / file, metadata={"format": "pt"})
+        (scratch / file).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        index.update(dict.fromkeys(held, file))
+        total += sum(value.nbytes for value in held.values())
+
+    def finish() -> None:
         if len(plan) > 1:
             listing = {"metadata": {"total_size": total}, "weight_map": index}
             (scratch / "model.safetensors.index.json").write_text(
@@ -188,6 +202,23 @@ def _write(
         describe(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
+
+    attempt(begin)
+    for number, names in enumerate(plan, 1):
+        check()
+        held: Tensors = {}
+        for expected in names:
+            name, value = next(stream)
+            assert name == expected, f"{name} came in place of {expected}"
+            if first and problem is None:
+                held[name] = value.to("cpu", copy=True).contiguous()
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        attempt(functools.partial(write, file, held))
+    # Run the generator to its end on every rank: the last parameter it gathered is released there, together.
+    assert next(stream, None) is None, "more tensors than were announced"
+    attempt(finish)
+    if problem is not None:
+        raise problem
 
 
 def _scratch(folder: Path) -> Path:

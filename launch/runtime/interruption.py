@@ -1,6 +1,7 @@
 """Signals that stop a run (SIGTERM, Ctrl-C, the SIGHUP of a terminal that goes away), or ask it for a checkpoint.
 
-A step is finished, a checkpoint written, and the exit code says resume me.
+A step is finished, a checkpoint written, and the exit code says resume me. docs/signals.md has what each signal does
+in each phase.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the run stopped before its end, and `resume=auto` continues it."""
 TOGETHER_S = 2.0
 """A terminal's Ctrl-C reaches the ranks once by itself and once through the launcher, as a SIGTERM."""
+EARLY_S = 2.0
+"""Before the first step nothing has to be kept: what a main thread that waits outside of Python is left."""
 
 
 BEFORE_THE_FIRST_STEP = "stopped before the first step of this start"
@@ -32,18 +35,33 @@ class InterruptedRunError(RuntimeError):
         self.resumable = resumable
 
 
+class StoppedEarly(BaseException):
+    """A signal's handler raises it before the first step, wherever the main thread is.
+
+    No Exception: libraries that go on after any error of their own would go on after this one.
+    """
+
+
+def _nothing_is_lost() -> int:
+    return EXIT_CODE
+
+
 class Wishes:
     """What signals asked of this process.
 
     A second Ctrl-C, later, is obeyed at once. A second SIGTERM is the launcher's, when another rank has ended.
     """
 
-    def __init__(self, grace_s: float, too_late: Callable[[], int]):
+    def __init__(self, grace_s: float = 25.0, too_late: Callable[[], int] = _nothing_is_lost):
         """too_late: called `grace_s` seconds after the wish to stop, from another thread; the process's exit code."""
         self.stop = self.save = False
         self._looked_at = False
-        self._grace_s, self._too_late = grace_s, too_late
         self._asked = 0.0
+        self.limit(grace_s, too_late)
+
+    def limit(self, grace_s: float, too_late: Callable[[], int]) -> None:
+        """As above, once the configuration is known."""
+        self._grace_s, self._too_late = grace_s, too_late
 
     def __call__(self, number: int, frame: object) -> None:
         if number == signal.SIGUSR1:
@@ -51,7 +69,7 @@ class Wishes:
         elif not self.stop:
             self.stop, self._asked = True, time.monotonic()
             if not self._looked_at:
-                raise InterruptedRunError(BEFORE_THE_FIRST_STEP)
+                raise StoppedEarly
         elif number == signal.SIGINT and time.monotonic() - self._asked > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -61,9 +79,13 @@ class Wishes:
         self._looked_at = True
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Signals are wishes inside the block; outside the main thread (a server's notebook) nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
+    def heard(self, to_the_end: bool = False) -> Iterator[None]:
+        """Signals are wishes inside the block; outside the main thread (a server's notebook) nothing changes.
+
+        to_the_end: of this process. When the block has ended well or has stopped, its exit code stands, and no signal
+        changes it while the interpreter takes its leave. Inside another such block this one does nothing.
+        """
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is self:
             yield
             return
         # Python runs handlers between two instructions of the main thread, which may hang in a collective call. The
@@ -75,16 +97,24 @@ class Wishes:
         deadline.start()
         heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
         before = {number: signal.signal(number, self) for number in heard}
+        decided = False
         try:
             yield
-        except Exception as error:
-            # Torch turns what a handler raises inside a rendezvous into an error of its own.
-            if self.stop and not self._looked_at and not isinstance(error, InterruptedRunError):
+            decided = True
+        except InterruptedRunError:
+            decided = True
+            raise
+        except (Exception, StoppedEarly) as error:
+            # Torch turns what a handler raises inside a rendezvous into an error of its own; a compiler that had the
+            # same Ctrl-C has failed.
+            if self.stop and not self._looked_at:
+                decided = True
                 raise InterruptedRunError(BEFORE_THE_FIRST_STEP) from error
             raise
         finally:
+            self._looked_at = True  # no exception out of a handler from here on
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if decided and to_the_end else handler)
             signal.set_wakeup_fd(wakeup)
             theirs.close()  # ends the thread
             deadline.join()
@@ -97,12 +127,16 @@ class Wishes:
                 break
         else:
             return
-        end = time.monotonic() + self._grace_s
-        while (left := end - time.monotonic()) > 0:
-            numbers.settimeout(left)
+        began = time.monotonic()
+        while True:
+            # A handler that has run has its exception on the way, or the steps will see what it noted.
+            early = not self._looked_at and not self.stop
+            if (left := began + (EARLY_S if early else self._grace_s) - time.monotonic()) <= 0:
+                break
+            numbers.settimeout(min(left, EARLY_S))
             try:
                 if not numbers.recv(64):
                     return
             except TimeoutError:
-                break
-        os._exit(self._too_late())
+                continue
+        os._exit(self._too_late() if self._looked_at else EXIT_CODE)

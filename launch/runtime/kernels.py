@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from conf.schema import Config
@@ -14,6 +19,27 @@ OFFLOADED = {
 """Optimizer → what builds the kernel of its offloaded step."""
 ON_GPUS = {"lion": "FusedLionBuilder", "lamb": "FusedLambBuilder"}
 """Optimizer → what builds the kernel of its step on a GPU; the others are torch's."""
+
+MARK = "DEEPSPEED_RECIPES_BUILD"
+WATCH = """
+import os, signal, sys
+if os.read(0, 4) != b"done":
+    found = True
+    while found:
+        found = False
+        for pid in (name for name in os.listdir("/proc") if name.isdigit()):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as file:
+                    marked = sys.argv[1].encode() in file.read().split(b"\\0")
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    lives = file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+                if marked and lives:
+                    found = True
+                    os.kill(int(pid), signal.SIGKILL)
+            except OSError:
+                pass
+"""
+"""Program: when its standard input ends without a word, kill all processes with a variable in their environment."""
 
 
 def build(name: str) -> None:
@@ -34,7 +60,33 @@ def build(name: str) -> None:
     with FileLock(root / "deepspeed_recipes.lock"):
         for stale in root.glob(f"**/{builder.name}/lock"):
             stale.unlink(missing_ok=True)
-        builder.load(verbose=False)
+        with no_compiler_left():
+            builder.load(verbose=False)
+
+
+@contextlib.contextmanager
+def no_compiler_left() -> Iterator[None]:
+    """End the compilers that the block has started when it does not come to its end, nor this process.
+
+    torch runs ninja, whose compilers would work on for minutes when ninja or this process is killed. They are known by
+    a variable in their environment; another process waits for this one's end.
+    """
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    watch = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WATCH, f"{MARK}={mark}"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert watch.stdin is not None
+    os.environ[MARK] = mark
+    try:
+        yield
+        with contextlib.suppress(OSError):
+            watch.stdin.write(b"done")
+            watch.stdin.flush()
+    finally:
+        del os.environ[MARK]
+        with contextlib.suppress(OSError):
+            watch.stdin.close()
+        watch.wait()
 
 
 def build_for(cfg: Config, device: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -168,10 +168,15 @@ def run(
 
     def judged(last: bool) -> bool:
         """Evaluate, keep the model if it is to be kept, and say whether to go on."""
+        before = replace(progress)
         evaluation = evaluate()
         if judge.is_better(evaluation.metrics) and (last or cfg.eval.metric is not None):
             progress.last, progress.kept_at = evaluation.metrics, progress.step
-            keep(evaluation)
+            try:
+                keep(evaluation)
+            except BaseException:  # a model that is not kept was not judged: who goes on from here does it again
+                vars(progress).update(vars(before))
+                raise
         return not judge.has_enough
 
     def take_step() -> None:

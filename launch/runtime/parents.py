@@ -9,6 +9,8 @@ import psutil
 LAUNCHED = "LOCAL_RANK" in os.environ
 """By a launcher (deepspeed, torchrun); who starts plain python may well be gone before the run is over."""
 STARTED_BY = os.getppid()
+SUPERVISOR = "DEEPSPEED_RECIPES_SUPERVISOR"
+"""In the environment of what `launch/supervise.py` starts: its process id."""
 
 
 class Launcher:
@@ -22,6 +24,8 @@ class Launcher:
             # `deepspeed` starts `launcher.launch`, which starts the ranks.
             if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
                 self._pids.append(parent.ppid())
+                if (supervisor := os.environ.get(SUPERVISOR, "")).isdigit():
+                    self._pids.append(int(supervisor))
         except psutil.Error:  # gone already, or not ours to look at
             pass
 

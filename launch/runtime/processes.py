@@ -109,8 +109,11 @@ def threads_per_rank(requested: int | None, local_world: int) -> int:
     return max(1, usable // local_world)
 
 
-def join(ranks: Ranks, device: str, threads: int | None = None):
-    """Start the process group (nccl or gloo) and return this rank's torch.device."""
+def join(ranks: Ranks, device: str, threads: int | None = None, stall_s: float | None = None):
+    """Start the process group (nccl or gloo) and return this rank's torch.device.
+
+    stall_s: of the watchdog that looks on (`faults.stall_s`); None: there is none.
+    """
     import deepspeed
     import torch
 
@@ -128,11 +131,14 @@ def join(ranks: Ranks, device: str, threads: int | None = None):
     if not torch.distributed.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         patches.no_shared_memory_kernel()
+        # Torch's own 30 minutes would end the wait before the watchdog can say who is missing.
+        patience = {} if stall_s is None else {"timeout": _longest(stall_s)}
         deepspeed.init_distributed(
             dist_backend=backend,
             auto_mpi_discovery=False,
             verbose=False,
             init_method=meeting_place(ranks.rank, ranks.world, ranks.local_world),
+            **patience,
         )
     return torch.device(device, ranks.local_rank) if device == "cuda" else torch.device("cpu")
 
@@ -146,10 +152,13 @@ def wait_for_others(stall_s: float) -> None:
     import torch
     from torch.distributed import distributed_c10d as c10d
 
-    longest = datetime.timedelta(seconds=2 * stall_s + 600) if stall_s else datetime.timedelta(days=365)
     if torch.distributed.is_initialized():
         for group in list(c10d._world.pg_map):
-            c10d._set_pg_timeout(longest, group)
+            c10d._set_pg_timeout(_longest(stall_s), group)
+
+
+def _longest(stall_s: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=2 * stall_s + 600) if stall_s else datetime.timedelta(days=365)
 
 
 _left_open = False

@@ -10,14 +10,20 @@ from typing import Any
 from conf.batch import Layout
 from conf.errors import Problem, RequestError
 from conf.rules_values import shown
-from conf.schema import Config
+from conf.schema import Config, SourceConfig
 from launch.runtime.checkpoint import Checkpoint, all_of, newest, read
+from recipes.data.store import ROWS
 
 Say = Callable[[str], None]
 
 FIXED = ("task", "seed", "model.", "data.", "batch.global_size", "optimizer.name")
 """What makes a run that run: model, rows and their order, the kind of optimizer's state."""
-FREE = ("data.cache_dir", "model.attention")
+FREE = (
+    "data.cache_dir", "data.max_dropped", "data.max_unreadable", "data.max_expansion", "data.max_pixels",
+    "model.attention",
+)  # fmt: skip
+PLACES = ("path", "eval_path", "target_path", "eval_target_path")
+"""Keys of a source of rows that say where they are; what they are is compared by their content."""
 SILENT = ("run_dir", "resume", "overwrite", "name")
 """Different by nature, and not worth a line."""
 
@@ -59,20 +65,85 @@ def check(found: Checkpoint, cfg: Config, fingerprint: str) -> list[str]:
     Raises RequestError for what makes it another run: model, data, order of the rows, optimizer.
     """
     problems, taken = [], []
-    for key, before, now in differences(found.manifest["config"], asdict(cfg)):
+    for key, before, now in differences(as_of_now(found.manifest["config"]), asdict(cfg)):
         if key in SILENT:
             continue
-        if key.startswith(FIXED) and key not in FREE:
+        if is_gone(key):
+            taken.append(f"{key}: {shown(before)} -> this version has no such key")
+        elif key.startswith(FIXED) and not (key in FREE or _only_moved(key, before, now)):
             rule = f"the run that is resumed had {shown(before)}"
             problems.append(Problem(key, shown(now), rule, f"{key}={shown(before)}, or a new run (resume=null)"))
         else:
             taken.append(f"{key}: {shown(before)} -> {shown(now)}")
-    if not problems and found.manifest["data"] != fingerprint:
+    if not str(found.manifest["data"]).startswith(ROWS):
+        taken.append("data: an earlier version's checkpoint, which does not say which rows it was trained on")
+    elif not problems and found.manifest["data"] != fingerprint:
         rule = "the rows are not those that the resumed run was trained on"
         problems.append(Problem("data", fingerprint, rule, "the data as they were, or a new run (resume=null)"))
     if problems:
         raise RequestError(problems)
     return taken
+
+
+def as_of_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a checkpoint, with what this version's other keys do when nobody sets them.
+
+    They are all that an earlier version did: a key changes nothing unless it is asked for.
+    """
+    return _filled(saved, asdict(Config()))
+
+
+def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **saved}
+    for name, default in defaults.items():
+        value = filled[name]
+        if isinstance(default, Mapping) and default and isinstance(value, Mapping):
+            filled[name] = _filled(value, default)
+        elif name == "mixture":
+            known = asdict(SourceConfig())
+            filled[name] = [{k: v for k, v in {**known, **source}.items() if k in known} for source in value or ()]
+    return filled
+
+
+def is_gone(key: str) -> bool:
+    """Whether a key of a saved configuration is none of this version's."""
+    there: Any = asdict(Config())
+    for name in key.split("."):
+        if not there:  # free: what the model's class or the engine takes
+            return False
+        if name not in there:
+            return True
+        there = there[name]
+    return False
+
+
+def config_of(found: Checkpoint, say: Say) -> Config:
+    """The configuration that a checkpoint was written with; `say` hears of keys that this version does not have."""
+    from omegaconf import OmegaConf
+
+    def kept(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        left = {}
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            if is_gone(key):
+                say(f"{key}: {shown(value)}: this version has no such key")
+            else:
+                left[name] = kept(value, f"{key}.") if isinstance(value, Mapping) else value
+        return left
+
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), kept(as_of_now(found.manifest["config"]))))
+    assert isinstance(cfg, Config)
+    return cfg
+
+
+def _only_moved(key: str, before: Any, now: Any) -> bool:
+    """Whether two values of a key of `data` differ in no more than where the rows lie."""
+    if key in [f"data.{name}" for name in PLACES]:
+        return True
+    if key != "data.mixture" or len(before) != len(now):
+        return False
+    kept = [[{k: v for k, v in source.items() if k not in PLACES} for source in sources] for sources in (before, now)]
+    return kept[0] == kept[1]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from conf.errors import Problem, RequestError
 from conf.rules_run import RUN_FILES, RUN_FOLDERS
+from launch.runtime.checkpoint import all_of, unfinished
 
 PROBE_BYTES = 1 << 20
 
@@ -37,12 +39,19 @@ class RunDir:
             raise RequestError(Problem("run_dir", str(self.path), rule, "run_dir=FOLDER on a writable disk")) from None
 
     def clear(self) -> None:
-        """Delete all that an earlier run wrote but its logs, and nothing else. Only for who has claimed the folder."""
+        """Delete all that an earlier run wrote but its logs, and nothing else. Only for who has claimed the folder.
+
+        What a user has put among the checkpoints stays.
+        """
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         for name in RUN_FOLDERS:
-            if name != "logs":
+            if name not in ("logs", "checkpoints"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
+        for entry in [*(entry for entry, _ in all_of(self.checkpoints)), *unfinished(self.checkpoints)]:
+            shutil.rmtree(entry, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.checkpoints.rmdir()
 
     def claim(self, ranks: int) -> None:
         """Keep this folder for this process, until it ends, and remove logs of ranks that this run does not have.

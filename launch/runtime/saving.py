@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.runtime.checkpoint import FORMAT, MANIFEST, PREFIX, read, unfinished
+from launch.runtime.checkpoint import FORMAT, MANIFEST, NAME, PREFIX, all_of, read, unfinished
 
 if TYPE_CHECKING:
     from launch.runtime.engine import Engine
@@ -61,6 +61,8 @@ class Saving:
             shutil.rmtree(left, ignore_errors=True)
         for old in self.folder.glob(f".{PREFIX}*{REPLACED}"):
             whole = self.folder / old.name[1 : -len(REPLACED)]
+            if not NAME.fullmatch(whole.name):
+                continue  # not ours
             if whole.exists():
                 shutil.rmtree(old, ignore_errors=True)
             else:
@@ -161,7 +163,7 @@ class Saving:
         self._prune(target)
 
     def _prune(self, newest: Path) -> None:
-        there = sorted(self.folder.glob(f"{PREFIX}*"), reverse=True)
+        there = [entry for entry, _ in all_of(self.folder)]
         # Later ones are damaged, or of a future that was given up when an earlier one was resumed.
         later = there[: there.index(newest)]
         earlier = there[len(later) :]

@@ -16,7 +16,8 @@ from conf.errors import Problem, RequestError
 from conf.rules_run import unsaveable
 from conf.schema import Config
 from launch.runtime import parents, processes
-from launch.runtime.console import Bar, Terminal
+from launch.runtime.closing import closing, others
+from launch.runtime.console import STARTING, Bar, Terminal
 from launch.runtime.ds_config import ds_config
 from launch.runtime.metrics import TRACKERS, MetricsLog
 from launch.runtime.request import Request
@@ -33,19 +34,23 @@ if TYPE_CHECKING:
     from launch.runtime.out_of_memory import Phase
     from launch.runtime.saving import Saving
 
-NOT_SHOWN = ("step", "split", "loss", "eval_s")
+THROUGH = "what follows the summary"
+"""What a run does (`Phase.doing`) once everything is written but its sample."""
 
 
-def prepare(request: Request, terminal: Terminal, finished: bool = False) -> Recipe:
+def prepare(
+    request: Request, terminal: Terminal, finished: bool = False, beat: Callable[[str], None] = lambda what: None
+) -> Recipe:
     """Read, tokenise and cache the rows before any process group exists: one rank works, the others wait for it.
 
-    finished: of the recipe.
+    finished: of the recipe. beat: the work goes on.
     """
     recipe = recipe_class(request.cfg.task)(request.cfg)
     recipe.finished = finished
     bars: dict[str, Bar] = {}
 
     def progress(done: int, total: int, what: str) -> None:
+        beat(what)
         bar = bars.setdefault(what, Bar(terminal, what, total))
         bar.update(done, total=total)
         if done >= total:
@@ -76,10 +81,11 @@ def optimizer_steps(cfg: Config, samples: int) -> int:
     return steps
 
 
-def train(request: Request, terminal: Terminal) -> dict[str, Any]:
+def train(request: Request, terminal: Terminal, wishes: Wishes | None = None) -> dict[str, Any]:
     """Train as requested and return the summary (the content of summary.json). All ranks call it together.
 
-    Raises InterruptedRunError where a signal asked it to stop.
+    wishes: of signals, where the command hears them from its start. Raises InterruptedRunError where one asked it to
+    stop.
     """
     from launch.runtime.caretaker import too_late
     from launch.runtime.interruption import InterruptedRunError, Wishes
@@ -87,17 +93,23 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
 
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     processes.set_environment(ranks, request.device)
-    run_dir = RunDir(cfg.run_dir)
+    run_dir, phase = RunDir(cfg.run_dir), Phase()
 
     def complain(text: str) -> None:
         print(text, file=terminal.error, flush=True)
 
     def late() -> int:
+        if phase.doing == THROUGH:
+            return 0
         return too_late(run_dir.checkpoints, cfg.checkpoint.grace_s, complain if ranks.first else lambda text: None)
 
-    wishes = Wishes(cfg.checkpoint.grace_s, late)
-    with wishes.heard():
-        recipe = prepare(request, terminal)
+    wishes = wishes or Wishes()
+    wishes.limit(cfg.checkpoint.grace_s, late)
+    launcher = parents.Launcher() if parents.LAUNCHED else None
+    watchdog = Watchdog(run_dir.logs, ranks.rank, layout.world, cfg.faults.stall_s, complain, launcher)
+    with wishes.heard(), watchdog:
+        watchdog.prepares("the preparation of the data")
+        recipe = prepare(request, terminal, beat=watchdog.prepares)
         steps = optimizer_steps(cfg, len(recipe.train))
         run_dir.create()
         if ranks.first:
@@ -107,16 +119,17 @@ def train(request: Request, terminal: Terminal) -> dict[str, Any]:
             terminal.say(said)
         compiles = cfg.zero.offload_optimizer != "none"
         terminal.say("starting the engine" + (" (a machine's first such run compiles a kernel)" if compiles else ""))
-        terminal.capture(run_dir.logs / f"rank_{ranks.rank}.log")
-        device = processes.join(ranks, request.device, cfg.train.threads)
+        log = run_dir.logs / f"rank_{ranks.rank}.log"
+        # Only rank 0 knows that the folder is this run's: until they meet, the others leave the logs there alone.
+        terminal.capture(log if ranks.first else log.with_name(f".{log.name}{STARTING}"))
+        watchdog.beat("the meeting of the ranks")
+        device = processes.join(ranks, request.device, cfg.train.threads, cfg.faults.stall_s)
+        terminal.log_is(log)
         processes.wait_for_others(cfg.faults.stall_s)
-        launcher, phase = parents.Launcher() if parents.LAUNCHED else None, Phase()
+        watchdog.beat("the start of the engine")
         alone = True
         try:
-            with (
-                explaining(phase, request, recipe, device),
-                Watchdog(run_dir.logs, ranks.rank, layout.world, cfg.faults.stall_s, complain, launcher) as watchdog,
-            ):
+            with explaining(phase, request, recipe, device):
                 summary = _train(request, recipe, steps, run_dir, device, terminal, wishes, watchdog, phase)
             alone = False
             return summary
@@ -189,7 +202,7 @@ def _train(
         if metrics is not None:
             metrics.log(row)
         if "split" in row:
-            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + _others(row))
+            terminal.say(f"step {row['step']}: held-out loss {row['loss']:.4f}" + others(row))
         elif row["loss"] is not None:
             bar.update(row["step"], f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} {unit}/s")
 
@@ -202,7 +215,7 @@ def _train(
                 terminal.say(f"bad_steps.jsonl cannot be written: {error}")
 
     def keep(evaluation: Evaluation) -> None:
-        problem = export(engine, recipe, run_dir.model, first)
+        problem = export(engine, recipe, run_dir.model, first, check=lambda: caretaker.look("the export"))
         if engine.any_of(problem is not None)[0]:
             terminal.say(f"step {progress.step}: the model could not be written: {problem}")
             if progress.step == steps:
@@ -267,10 +280,14 @@ def _train(
         "unreadable": recipe.report.get("unreadable", []),
     }
     if first:
+        beat("the summary")
         loss_png = plot_loss(run_dir.path)
+        details = recipe.details(predictions) if predictions else {}
+        run_dir.write_json("summary.json", {**summary, "sample": None, **details})
+        beat(THROUGH)
         summary["sample"] = recipe.sample(run_dir.model)
-        run_dir.write_json("summary.json", {**summary, **(recipe.details(predictions) if predictions else {})})
-        terminal.say(_closing(summary, loss_png))
+        run_dir.write_json("summary.json", {**summary, **details})
+        terminal.say(closing(summary, loss_png))
     return summary
 
 
@@ -291,11 +308,13 @@ def _look_again(progress: Progress, found: Checkpoint, cfg: Config, run_dir: Run
     stale: the model that is kept is not the checkpoint's best. Raises RequestError where this run is shorter than what
     was done.
     """
+    from launch.runtime import resume
+
     if progress.step > steps:
         rule = f"the checkpoint is of step {progress.step}"
         nearest = f"train.steps={progress.step}, or resume=PATH of an earlier one"
         raise RequestError(Problem("train.steps", str(steps), rule, nearest))
-    judged = found.manifest["config"]["eval"]
+    judged = resume.as_of_now(found.manifest["config"])["eval"]
     otherwise = any(
         judged.get(key) != getattr(cfg.eval, key) for key in ("metric", "beams", "new_tokens", "bleu_tokens")
     )
@@ -375,26 +394,5 @@ def restored(engine: Engine, found: Checkpoint, layout: Layout) -> Progress:
     manifest = found.manifest
     saved = SavedState(found.files, manifest["tensors"], manifest["layout"]["tensor"])
     restore(engine, saved, manifest["state"], same_layout(found, layout))
-    return Progress(**manifest["progress"])
-
-
-def _others(row: dict[str, Any]) -> str:
-    """The metrics of an evaluation besides its loss, as a person reads them."""
-    shown = {name: value for name, value in row.items() if name not in NOT_SHOWN}
-    return "".join(
-        f", {name} {value:,.1f}" if name == "perplexity" else f", {name} {value:.4g}" for name, value in shown.items()
-    )
-
-
-def _closing(summary: dict[str, Any], loss_png: Path) -> str:
-    before, after, kept = summary["held_out_before"], summary["held_out"], summary["kept_at_step"]
-    lines = [
-        "",
-        f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{_others(after)}"
-        f"   ({summary['tokens']:,} {summary['unit']} in {summary['train_s']:.0f} s)",
-        f"curve  {loss_png}",
-        f"model  {summary['model']}" + (f"   (of step {kept}, the best)" if kept != summary["steps"] else ""),
-    ]
-    if summary["sample"] is not None:
-        lines += ["", "the exported model continues:", *(f"  | {line}" for line in summary["sample"].splitlines())]
-    return "\n".join(lines)
+    known = Progress.__dataclass_fields__
+    return Progress(**{name: value for name, value in manifest["progress"].items() if name in known})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class StagedEngine(Engine):
             found |= {name: (size, stage) for name, size in tensors.items() if name not in found}
         return found
 
-    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self) -> Generator[tuple[str, torch.Tensor]]:
         # One replica of the pipeline works; the other ones would send the same.
         place = self.topology.place
         works, first = place.data == place.sequence == 0, self.topology.rank == 0

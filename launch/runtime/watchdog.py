@@ -2,12 +2,13 @@
 
 Each rank's thread looks at its own main thread. Who notices first leaves a note in the logs folder; the others see it
 there and leave theirs; the lowest rank that is alive reads all of them out. A rank whose launcher is gone asks itself
-to stop, as SIGTERM does.
+to stop, as SIGTERM does. All of that begins before the ranks have met, while their data are prepared.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ POLL_S = 1.0
 PATIENCE_S = 5.0
 """What the other ranks have to leave their notes."""
 EXIT_CODE = 1
+AT_WORK = 0.002
+"""CPU time of this process as a share of `stall_s`: with less than that nothing has been prepared. What this thread
+itself takes is a quarter of it; a download that is not stuck takes more."""
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/comm.py", "deepspeed/comm/torch.py")
 
 
@@ -50,6 +54,10 @@ class Watchdog:
         self._folder, self._rank, self._world, self._stall_s, self._say = folder, rank, world, stall_s, say
         self._launcher = launcher
         self._last, self._doing, self._beats = time.monotonic(), "start", 0
+        self._cpu_s = math.inf
+        """CPU time at the last beat, while data are prepared."""
+        self._before = {file: file.stat().st_mtime_ns for file in folder.glob("stall_*")}
+        """Notes of an earlier run, until rank 0 removes them."""
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -60,13 +68,19 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """The run goes on; `doing` says with what."""
-        self._last, self._doing, self._beats = time.monotonic(), doing, self._beats + 1
+        self._last, self._doing, self._beats, self._cpu_s = time.monotonic(), doing, self._beats + 1, math.inf
+
+    def prepares(self, doing: str) -> None:
+        """The data are prepared: from here to the next beat any work counts, and so does the wait for another rank."""
+        self._last, self._doing, self._cpu_s = time.monotonic(), doing, time.process_time()
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_S):
+            if self._prepares_still():
+                self.prepares(self._doing)
             if self._stall_s and (time.monotonic() - self._last > self._stall_s or self._others()):
                 self._end()
             if self._launcher is not None and self._launcher.is_gone():
@@ -74,19 +88,37 @@ class Watchdog:
                 self._say(f"rank {self._rank}: the launcher is gone; this rank stops")
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    def _prepares_still(self) -> bool:
+        """Whether work on the data goes on: libraries load and encode for hours without a word."""
+        if time.process_time() - self._cpu_s > AT_WORK * self._stall_s:
+            return True
+        if self._cpu_s == math.inf or time.monotonic() - self._last < self._stall_s:
+            return False
+        frames = traceback.walk_stack(sys._current_frames().get(self._main))
+        return any("filelock" in Path(frame.f_code.co_filename).parts for frame, _ in frames)
+
     def _others(self) -> bool:
-        return any(self._file(rank).exists() for rank in range(self._world) if rank != self._rank)
+        return any(self._is_there(rank) for rank in range(self._world) if rank != self._rank)
+
+    def _is_there(self, rank: int) -> bool:
+        """Whether a rank of this run has left its note."""
+        file = self._file(rank)
+        try:
+            return file.stat().st_mtime_ns != self._before.get(file)
+        except OSError:
+            return False
 
     def _end(self) -> None:
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             scratch = self._file(self._rank).with_suffix(".tmp")
             scratch.write_text(json.dumps(asdict(self._note())), encoding="utf-8")
             scratch.replace(self._file(self._rank))
             end = time.monotonic() + PATIENCE_S
-            while time.monotonic() < end and not all(self._file(rank).exists() for rank in range(self._world)):
+            while time.monotonic() < end and not all(map(self._is_there, range(self._world))):
                 time.sleep(POLL_S / 4)
             notes = [Note(**json.loads(self._file(rank).read_text(encoding="utf-8")))
-                     for rank in range(self._world) if self._file(rank).exists()]  # fmt: skip
+                     for rank in range(self._world) if self._is_there(rank)]  # fmt: skip
         except (OSError, ValueError):  # no disk: each for itself
             notes = [self._note()]
         if self._rank == min(note.rank for note in notes):

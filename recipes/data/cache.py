@@ -27,7 +27,7 @@ from recipes.data.packing import Packing, SequenceSet, Tokens, pack, widths
 from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row, column_keys, fills_up
 from recipes.data.sources import Source, open_sources
-from recipes.data.store import ArrayWriter, Entry, default_cache_dir, entry, writing
+from recipes.data.store import ROWS, ArrayWriter, Entry, default_cache_dir, entry, writing
 from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def prepare(
     held_out = sequences([parts["held_out"] for parts in packed])
     report = {
         "vocab_size": len(tokenizer),
-        "fingerprint": key_of(*(store.folder.name for store in stores)),
+        "fingerprint": ROWS + key_of(*(store.content for store in stores)),
         "sources": [_source_report(*item, data) for item in zip(sources, packed, strict=True)],
         "changes": [change for found in changes for change in found],
         "unreadable": [

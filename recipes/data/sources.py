@@ -98,7 +98,10 @@ class FileSource(Source):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for held_out in (False, True):
-            for name, path in self.files(held_out):
+            files = self.files(held_out)
+            for name, path in files:
+                # Names decide about the order of several files, and which are held out.
+                name = name if len(files) > 1 else ""
                 digest.update(f"{held_out}\0{name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):

@@ -7,6 +7,7 @@ a file lock lets one of them in, the others wait and then open what it has writt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,14 +24,19 @@ from conf.errors import Problem, RequestError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
+ROWS = "rows-"
+"""Begins what identifies rows by their content, wherever they were read."""
+PLACES = ("origin", "line")
+"""Arrays (the ends of their files' names) of the file and line of each row."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A complete folder. facts: what its builder returned, JSON values."""
+    """A complete folder. facts: what its builder returned, JSON values. content: digest of what its arrays hold."""
 
     folder: Path
     facts: dict[str, Any]
+    content: str
 
     def array(self, name: str, dtype: str) -> np.ndarray:
         """A flat array of the entry, memory-mapped and read-only."""
@@ -72,6 +78,10 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
     found = _open(folder)
     if found is not None:
         return found
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        rule = "another user's, and readable for that one alone"
+        nearest = "data.cache_dir=FOLDER of your own, or one that is shared with umask 002"
+        raise RequestError(Problem("data.cache_dir", str(folder), rule, nearest))
     with _writable(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"{name}.lock")
@@ -87,7 +97,9 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
         try:
             facts = build(partial)
             with _writable(root):
-                _finish(partial, facts)
+                share(partial)
+                content = _content(partial)
+                _finish(partial, facts, content)
                 os.replace(partial, folder)
                 synchronise(root)
         except BaseException:
@@ -95,7 +107,15 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
             raise
     finally:
         lock.release()
-    return Entry(folder, facts)
+    return Entry(folder, facts, content)
+
+
+def share(folder: Path) -> None:
+    """Give a folder and what is in it the permissions that the umask leaves; some writers leave the owner's alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager
@@ -121,12 +141,22 @@ def _open(folder: Path) -> Entry | None:
         complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return Entry(folder, manifest["facts"]) if complete else None
+    return Entry(folder, manifest["facts"], manifest.get("content") or _content(folder)) if complete else None
 
 
-def _finish(folder: Path, facts: dict[str, Any]) -> None:
+def _content(folder: Path) -> str:
+    """A digest of an entry's files, but for those that say where rows came from."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.name != MANIFEST and path.is_file()):
+        if path.suffix[1:] not in PLACES:
+            with path.open("rb") as file:
+                digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _finish(folder: Path, facts: dict[str, Any], content: str) -> None:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    manifest = json.dumps({"files": files, "facts": facts}, indent=2)
+    manifest = json.dumps({"files": files, "facts": facts, "content": content}, indent=2)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
         synchronise(path)

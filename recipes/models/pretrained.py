@@ -108,7 +108,7 @@ def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
     """
     from filelock import FileLock
 
-    from recipes.data.store import default_cache_dir
+    from recipes.data.store import default_cache_dir, share
 
     source = folder / file
     status = source.stat()
@@ -129,6 +129,7 @@ def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise RequestError(Problem("model.gguf_file", file, f"cannot be read as GGUF: {reason}"))
+        share(scratch)
         scratch.rename(target)
         if progress:
             progress(1, 1, f"converting {file}")

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -37,8 +38,9 @@ CALM_S = 30.0
 INTERPRETER_S = 1.0
 """What an interpreter takes to end, which forked ranks do not: others may notice that a rank is gone before its
 launcher knows the exit code."""
-HANG, VANISH, NO_MEMORY = -1, -2, -3
-"""In the place of a signal: the process does not go on; the run directory is deleted; the device has no memory left."""
+HANG, VANISH, NO_MEMORY, DELAY = -1, -2, -3, -4
+"""In the place of a signal: the process does not go on; the run directory is deleted; the device has no memory left;
+the process goes on `after_s` seconds later."""
 Act = Callable[[], None]
 
 
@@ -69,10 +71,16 @@ def _act(fault: Fault, folder: Path) -> None:
         time.sleep(1000)
     elif fault.signal == VANISH:
         shutil.rmtree(folder / "run")
+    elif fault.signal == DELAY:
+        time.sleep(fault.after_s)
+    elif fault.after_s:
+        threading.Timer(fault.after_s, os.kill, (os.getpid(), fault.signal)).start()
     elif fault.signal == NO_MEMORY:
         import torch
 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.11 GiB in all.")
+    elif fault.who == "launcher":
+        os.kill(os.getppid(), fault.signal)
     else:
         os.kill(os.getpid(), fault.signal)
 
@@ -95,14 +103,19 @@ def _before(owner: Any, name: str, act: Act, at: int) -> None:
 def _places() -> dict[str, tuple[Any, str]]:
     """Name of a phase → (owner, function) that it begins with."""
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from torch.utils import cpp_extension
 
     import launch.runtime.tensor_file as tensor_file
-    from launch.runtime import saving, session
+    from launch.runtime import export, kernels, processes, saving, session
     from launch.runtime.engine import Engine
     from recipes.causal_lm import CausalLM
 
     return {
         "start": (session, "prepare"),
+        "join": (processes, "join"),
+        "kernels": (kernels, "build_for"),
+        "compiler": (cpp_extension, "_run_ninja_build"),
+        "engine": (DeepSpeedEngine, "_configure_optimizer"),
         "resume": (session, "_resumed"),
         "restore": (session, "restored"),
         "step": (Engine, "train_step"),
@@ -115,13 +128,15 @@ def _places() -> dict[str, tuple[Any, str]]:
         "publish": (saving.Saving, "_publish"),
         "rename": (Path, "rename"),
         "prune": (saving.Saving, "_prune"),
+        "export": (export, "_write_model"),
         "generation": (CausalLM, "sample"),
+        "close": (processes, "leave"),
     }
 
 
 PHASES = (
-    "start", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish", "rename", "prune",
-    "generation",
+    "start", "join", "engine", "resume", "restore", "step", "evaluation", "save", "write", "verify", "publish",
+    "rename", "prune", "export", "generation", "close",
 )  # fmt: skip
 
 
@@ -129,7 +144,8 @@ PHASES = (
 class Fault:
     """What happens to a job. who: a rank, `launcher` or `all`. signal: or HANG, VANISH, NO_MEMORY.
 
-    phase: the fault comes at the `at`th beginning of that phase on the rank; None: `after_s` seconds after the start.
+    phase: the fault comes `after_s` seconds after the `at`th beginning of that phase on the rank (of the launcher: on
+    rank 0); None: `after_s` seconds after the start.
     """
 
     who: int | str
@@ -139,9 +155,9 @@ class Fault:
     after_s: float = 0.0
 
     def __str__(self) -> str:
-        name = {HANG: "hang", VANISH: "vanish", NO_MEMORY: "no memory"}.get(self.signal) or signal.Signals(
+        name = {HANG: "hang", VANISH: "vanish", NO_MEMORY: "no memory", DELAY: "delay"}.get(
             self.signal
-        ).name
+        ) or signal.Signals(self.signal).name
         return f"{name} {self.who} " + (f"{self.phase} {self.at}" if self.phase else f"after {self.after_s:.2f} s")
 
 
@@ -161,7 +177,7 @@ def _rank(
         from launch.train import main
 
         for fault in faults:
-            if fault.phase is not None and fault.who == rank:
+            if fault.phase is not None and fault.who in (rank, "" if rank else "launcher"):
                 _before(*_places()[fault.phase], functools.partial(_act, fault, folder), fault.at)
         if poisoned is not None:
             _poison(poisoned)
@@ -180,8 +196,11 @@ def _rank(
 
 
 def _launcher(
-    line: Line, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None
-) -> None:
+    line: Line, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None,
+    extensions: Path | None,
+) -> None:  # fmt: skip
+    if extensions is not None:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
     port = free_port()
     ranks = []
     for rank in range(WORLD):
@@ -189,6 +208,7 @@ def _launcher(
         if pid == 0:
             _rank(rank, port, folder, arguments, faults, poisoned)
         ranks.append(pid)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the interpreter ends at a Ctrl-C that nobody catches
     (folder / "pids.json").write_text(json.dumps({"launcher": os.getpid(), "ranks": ranks}))
     os._exit(wait_for(set(ranks)) & 0xFF)
 
@@ -203,16 +223,18 @@ class Outcome:
 
 
 def run_job(
-    folder: Path, *faults: Fault, more: tuple[str, ...] = (), poisoned: int | None = None, limit_s: float = 90
-) -> Outcome:
+    folder: Path, *faults: Fault, more: tuple[str, ...] = (), poisoned: int | None = None, limit_s: float = 90,
+    extensions: Path | None = None,
+) -> Outcome:  # fmt: skip
     """Run a job in `folder` to its end, whatever that is. poisoned: the loss of this global batch is nan.
 
+    extensions: where kernels are compiled; None: where they are always.
     Raises TimeoutError when it has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pids.json").unlink(missing_ok=True)
     started = time.monotonic()
-    process = FULL.start(_launcher, folder, (*ARGUMENTS, *more), faults, poisoned)
+    process = FULL.start(_launcher, folder, (*ARGUMENTS, *more), faults, poisoned, extensions)
     for fault in (fault for fault in faults if fault.phase is None):
         while not (folder / "pids.json").exists() and process.wait(0) is None:
             time.sleep(0.01)

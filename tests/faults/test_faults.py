@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from jobs import HANG, NO_MEMORY, VANISH, Fault, run_job
 from trials import Trials, check_through, rows, saved
 
@@ -34,19 +35,12 @@ def test_deaths_at_random(trials: Trials) -> None:
     print(trials.report())
 
 
-@pytest.mark.parametrize("phase", ("start", "restore", "evaluation", "write", "publish"))
-def test_sigterm_in_a_phase(phase: str, trials: Trials) -> None:
-    """To one rank: all stop behind the same step, whole, with the code that says so; then the run goes on."""
-    folder = trials.unbroken.parent / f"sigterm_{phase}"
-    if phase == "restore":
-        assert run_job(folder, Fault(0, signal.SIGTERM, "step", 5)).code == 75
-    code = run_job(
-        folder, Fault(1 if phase not in ("publish", "rename", "prune", "generation") else 0, signal.SIGTERM, phase, 1)
-    ).code
-    assert code == (0 if phase == "generation" else 75), said(folder)
-    assert "Traceback" not in (folder / "out_0.log").read_text()
-    if phase in ("step", "save", "write", "verify", "publish", "rename", "prune"):
-        assert saved(folder) == max(row["step"] for row in rows(folder)), said(folder)
+def test_sigterm_while_a_checkpoint_is_published(trials: Trials) -> None:
+    """The phases of docs/signals.md are in test_signals.py; this one is between two renames."""
+    folder = trials.unbroken.parent / "sigterm_publish"
+    assert run_job(folder, Fault(0, signal.SIGTERM, "publish")).code == 75, said(folder)
+    assert "Traceback" not in said(folder)
+    assert saved(folder) == max(row["step"] for row in rows(folder)), said(folder)
     assert run_job(folder).code == 0, said(folder)
     check_through(folder, trials.unbroken)
 
@@ -58,6 +52,23 @@ def test_a_terminal_that_goes_away(trials: Trials) -> None:
     assert code == 75 and saved(folder) == max(row["step"] for row in rows(folder)), said(folder)
     assert run_job(folder).code == 0, said(folder)
     check_through(folder, trials.unbroken)
+
+
+def test_a_second_run_is_refused_and_leaves_the_first_one_s_logs(trials: Trials) -> None:
+    folder = trials.unbroken.parent / "second"
+    assert run_job(folder, Fault(1, signal.SIGTERM, "step", 4)).code == 75, said(folder)
+    logs = sorted((folder / "run/logs").glob("rank_*.log"))
+    before = {log: (log.read_bytes(), log.stat().st_mtime_ns) for log in logs}
+    assert len(logs) == 2 and all(content for content, _ in before.values())
+    with FileLock(folder / "run/.lock"):
+        assert run_job(folder).code == 2, said(folder)
+    assert "another run is at work in it" in said(folder)
+    assert {log: (log.read_bytes(), log.stat().st_mtime_ns) for log in logs} == before
+    assert sorted(entry.name for entry in (folder / "run/logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+    assert run_job(folder).code == 0, said(folder)
+    check_through(folder, trials.unbroken)
+    assert all(log.stat().st_mtime_ns > before[log][1] for log in logs), "each start has logs of its own"
+    assert sorted(entry.name for entry in (folder / "run/logs").iterdir()) == ["rank_0.log", "rank_1.log"]
 
 
 def test_a_checkpoint_on_request(trials: Trials) -> None:

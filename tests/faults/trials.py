@@ -24,14 +24,16 @@ if __name__ == "__main__":
     sys.path[:0] = [str(root), str(root / "tests"), str(root / "tests" / "faults")]
 
 import numpy as np
-from jobs import PHASES, WORLD, Fault, run_job
+from jobs import DELAY, PHASES, WORLD, Fault, run_job
 from safetensors.numpy import load_file
 
 from launch.runtime.checkpoint import newest
 
 SAME = ("step", "split", "loss", "lr", "grad_norm", "tokens", "samples")
-ONCE = ("start", "resume", "restore", "generation")
+ONCE = ("start", "join", "engine", "resume", "restore", "export", "generation", "close")
 """Phases that come once in each start."""
+LATE_S = 1.0
+"""Longest delay."""
 EVERY = 3
 """As in the arguments of a job."""
 
@@ -44,9 +46,18 @@ def random_fault(chance: random.Random, span_s: float) -> Fault:
     if isinstance(who, str) or chance.random() < 0.3:
         return Fault(who, after_s=chance.uniform(0.0, span_s))
     phase = chance.choice(PHASES)
-    return Fault(
-        who, phase=phase, at=1 if phase in ("start", "resume", "restore", "generation") else chance.choice((1, 2))
-    )
+    return Fault(who, phase=phase, at=1 if phase in ONCE else chance.choice((1, 2)))
+
+
+def random_delays(chance: random.Random) -> list[Fault]:
+    """Ranks that come late to where they meet: in another order than they were started in, or in the midst of a run."""
+    late = [Fault(chance.randrange(WORLD), DELAY, "start", after_s=chance.uniform(0.0, LATE_S))]
+    phases = [phase for phase in PHASES if phase not in ONCE]
+    late += [
+        Fault(chance.randrange(WORLD), DELAY, chance.choice(phases), chance.choice((1, 2)), chance.uniform(0.0, LATE_S))
+        for _ in range(2)
+    ]
+    return late if chance.random() < 0.5 else []
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -76,20 +87,21 @@ class Trials:
     def __init__(self, folder: Path, seed: int):
         self._folder, self._chance = folder, random.Random(seed)
         self.unbroken = folder / "unbroken"
+        # The warm-up: what a machine does once (imports, kernels, tokens) is in no trial.
         assert run_job(self.unbroken).code == 0, (self.unbroken / "out_0.log").read_text()
         again = run_job(folder / "timed")
         assert again.code == 0
         self.span_s = again.seconds
         """Seconds of an unbroken job."""
         self.count, self.seen, self.lost = 0, Counter[str](), Counter[int]()
-        self._run = self._runs = 0
+        self._run = self.late = 0
 
     def one(self) -> None:
         """One death, in a run that goes on until it is through."""
         folder = self._folder / f"run_{self._run}"
         before = saved(folder)
-        fault = random_fault(self._chance, self.span_s)
-        outcome = run_job(folder, fault)
+        fault, delays = random_fault(self._chance, self.span_s), random_delays(self._chance)
+        outcome = run_job(folder, fault, *delays)
         assert not outcome.orphans, f"{fault}: {outcome.orphans} are left"
         after = saved(folder)
         assert after >= before, f"{fault}: the newest checkpoint was of step {before} and is of {after}"
@@ -101,6 +113,7 @@ class Trials:
         who = fault.who if isinstance(fault.who, str) else "rank"
         self.seen[f"{signal.Signals(fault.signal).name} {who}, {fault.phase or 'any moment'}"] += 1
         self.lost[lost] += 1
+        self.late += bool(delays)
         if outcome.code == 0:
             self._finish(folder)
         elif self._chance.random() < 0.2:
@@ -123,7 +136,8 @@ class Trials:
         """How many there were, of what, and what they cost."""
         kinds = "\n".join(f"  {count:4d}  {kind}" for kind, count in sorted(self.seen.items()))
         lost = ", ".join(f"{steps}: {count}" for steps, count in sorted(self.lost.items()))
-        return f"{self.count} deaths, {self._run} runs brought through\n{kinds}\n  steps lost: {lost}"
+        head = f"{self.count} deaths, {self.late} with ranks that come late, {self._run} runs brought through"
+        return f"{head}\n{kinds}\n  steps lost: {lost}"
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import ROOT, SMALL, TRAIN, environment, launcher, rows, run
+from support.tiers import THOROUGH
 
 from conf.compose import compose
 from conf.environment import Environment
@@ -75,17 +76,19 @@ def test_bad_requests(words: tuple[str, ...], expected: str, tmp_path: Path) -> 
 
 
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
-    """Neither `deepspeed` itself nor the process that it starts may leave ranks behind; they save, and stop."""
+    """Neither a supervisor, `deepspeed` itself nor the process that it starts may leave ranks; they save, and stop."""
     env = environment(tmp_path / "cache")
-    for killed in ("runner", "launch"):
+    for killed in ("supervisor", "launch", *(("runner",) if THOROUGH else ())):
         folder = tmp_path / killed
         folder.mkdir()
         command = [*launcher("deepspeed", 2), str(TRAIN), *SLOW]
+        if killed == "supervisor":
+            command = [sys.executable, str(SUPERVISE), "ranks=2", *SLOW]
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(folder, 10, process)
         children = psutil.Process(process.pid).children(recursive=True)
         launch = next(child for child in children if any("launcher.launch" in word for word in child.cmdline()))
-        (psutil.Process(process.pid) if killed == "runner" else launch).kill()
+        (launch if killed == "launch" else process).kill()
         _, left = psutil.wait_procs(children, timeout=40)
         assert not left, killed
         process.wait(30)

@@ -108,6 +108,17 @@ def test_classes_by_name_and_by_number(tmp_path: Path) -> None:
     assert prepared(config(tmp_path, "sequence_classification", numbers)).labels == ["2", "9", "10"]
 
 
+def test_the_same_rows_elsewhere_are_the_same_rows(tmp_path: Path) -> None:
+    """Content decides, not the path; other classes for the same numbers do."""
+    rows = [{"text": f"{n}", "label": ("a", "b")[n % 2]} for n in range(8)]
+    found = set()
+    for number, of in enumerate((rows, rows, [{**row, "label": f"{row['label']}{row['label']}"} for row in rows])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found.add(prepared(config(folder, "sequence_classification", of)).report["fingerprint"])
+        assert len(found) == max(1, number)
+
+
 def test_several_classes_of_a_row(tmp_path: Path) -> None:
     rows = [{"text": f"text {n}", "label": [c for c in "abc" if (n >> "abc".index(c)) & 1]} for n in range(16)]
     recipe = prepared(config(tmp_path, "sequence_classification", rows, multi_label=True))

@@ -92,6 +92,20 @@ def test_whatever_changes_the_tokens_tokenises_again(data, tokenizer, chat_token
     assert everything(after.train[0]) != everything(before.train[0])
 
 
+@pytest.mark.parametrize("where", ["other.jsonl", "below/rows.jsonl", "rows.jsonl.gz"])
+def test_the_same_rows_elsewhere_are_the_same_rows(data, tokenizer, write, monkeypatch, where):
+    """Under another path they are found in the cache; in another form they are read again, and still the same."""
+    before = prepare(data, tokenizer, seed=0)
+    data.path = str(write(where, TEXTS))
+    if not where.endswith(".gz"):
+        monkeypatch.setattr(encode.Encoder, "encode", no_encoding)
+    after = prepare(data, tokenizer, seed=0)
+    assert after.report["fingerprint"] == before.report["fingerprint"]
+    data.cache_dir = f"{data.cache_dir}-2"
+    monkeypatch.undo()
+    assert prepare(data, tokenizer, seed=0).report["fingerprint"] == before.report["fingerprint"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "longer", "gone", "manifest"])
 def test_a_damaged_entry_is_rebuilt(data, tokenizer, damage):
     before = everything(prepare(data, tokenizer, seed=0).train[0])
@@ -293,3 +307,36 @@ def test_prepared_sets_go_to_worker_processes(data, tokenizer):
     assert copy.row(5)["input_ids"].tolist() == prepared.dataset().row(5)["input_ids"].tolist()
     shutil.rmtree(data.cache_dir)
     assert len(prepared.dataset().row(6)["input_ids"]) == data.seq_length  # mapped files outlive their names
+
+
+@pytest.mark.parametrize(
+    ("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
+)
+def test_the_umask_says_who_else_may_read_it(umask, folders, files, data, tokenizer, tmp_path):
+    """Also where a writer would leave it to the owner alone."""
+
+    def build(folder: Path):
+        (folder / "below").mkdir(mode=0o700)
+        (folder / "below" / "weights").touch(mode=0o600)
+        return {}
+
+    before = os.umask(umask)
+    try:
+        entry(tmp_path / "by_hand", "one", build)
+        data.cache_dir = str(tmp_path / "shared")
+        prepare(data, None, seed=0, vocab_size=300)
+    finally:
+        os.umask(before)
+    for root in (tmp_path / "by_hand", tmp_path / "shared"):
+        for path in [root, *root.rglob("*")]:
+            assert path.stat().st_mode & 0o777 == (folders if path.is_dir() else files), path
+
+
+def test_what_another_user_keeps_is_named(data, tokenizer, tmp_path, monkeypatch):
+    data.cache_dir = str(tmp_path / "shared")
+    prepare(data, tokenizer, seed=0)
+    for manifest in (tmp_path / "shared").glob("*/manifest.json"):
+        manifest.unlink()  # root reads everything: as if it could not be opened
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(RequestError, match="another user's, and readable for that one alone"):
+        prepare(data, tokenizer, seed=0)
