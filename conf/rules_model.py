@@ -9,10 +9,11 @@ from typing import Any, TypeGuard
 
 from conf.batch import Layout
 from conf.environment import Environment
-from conf.errors import Problem, did_you_mean
+from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_data import POSITIONS, nearest_path, sources
 from conf.rules_values import shown
 from conf.schema import Config
+from conf.weight_files import find_weights, header, quantised, read_json
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -39,6 +40,12 @@ def origin(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
     elif model.path is not None and model.config:
         rule = "a pretrained model brings its own config"
         yield Problem("model.config", shown(sorted(model.config)), rule, "leave model.config out")
+    for name in ("variant", "subfolder"):
+        if (value := getattr(model, name)) is not None and model.path is None:
+            yield Problem(f"model.{name}", value, "says where in model.path the weights are", "model.path=FOLDER")
+    if model.variant is not None and model.gguf_file is not None:
+        rule = "is about weights in safetensors, and model.gguf_file is given"
+        yield Problem("model.variant", model.variant, rule, "model.variant=null")
     if model.gguf_file is not None and model.path is None:
         yield Problem("model.gguf_file", model.gguf_file, "needs model.path, the folder it is in", "model.path=FOLDER")
 
@@ -134,7 +141,7 @@ def weights(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
             nearest += f" model.gguf_file={folder.name}" if folder.suffix == ".gguf" else ""
             yield Problem("model.path", path, "a model is a folder, this is a file", nearest)
             return
-    yield from _gguf(cfg, folder) if cfg.model.gguf_file else _safetensors(path, folder)
+    yield from _gguf(cfg, folder) if cfg.model.gguf_file else _safetensors(cfg, folder)
 
 
 def _gguf(cfg: Config, folder: Path) -> Iterator[Problem]:
@@ -147,21 +154,26 @@ def _gguf(cfg: Config, folder: Path) -> Iterator[Problem]:
     yield Problem("model.gguf_file", name, rule, f"model.gguf_file={near}" if near else "")
 
 
-def _safetensors(path: str, folder: Path) -> Iterator[Problem]:
-    """What is missing for `from_pretrained`; pickled weights are never loaded."""
-    ggufs = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf"))
-    if any(folder.glob("*.safetensors")):
+def _safetensors(cfg: Config, folder: Path) -> Iterator[Problem]:
+    """What is wrong with the files that `from_pretrained` would read, as far as their beginnings tell."""
+    folder = folder / (cfg.model.subfolder or "")
+    if not folder.is_dir():
+        nearest = f"model.subfolder={nearest_path(folder).name}"
+        yield Problem("model.subfolder", shown(cfg.model.subfolder), f"{folder.parent} has no such folder", nearest)
+        return
+    try:
+        found = find_weights(folder, cfg.model.variant)
         if not (folder / "config.json").is_file():
-            yield Problem("model.path", path, "this folder has weights but no config.json", "add the config.json")
-    elif ggufs:
-        yield Problem("model.path", path, "this folder has GGUF weights only", f"model.gguf_file={ggufs[0]}")
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        rule = "this folder has pickled weights only, which can run code and are never loaded"
-        yield Problem("model.path", path, rule, "save it with safetensors: model.save_pretrained(FOLDER)")
-    else:
-        below = sorted(file.parent for file in folder.glob("*/*.safetensors"))
-        nearest = f"model.path={below[0]}" if below else "a folder written by save_pretrained"
-        yield Problem("model.path", path, "this folder has no weights (*.safetensors)", nearest)
+            rule = "this folder has weights but no config.json"
+            yield Problem("model.path", str(folder), rule, "add the config.json")
+            return
+        quantised(read_json(folder / "config.json"))
+        for file in found.files:
+            header(file)
+    except RequestError as error:
+        yield from error.problems
+    except OSError as error:
+        yield Problem("model.path", str(folder), f"cannot be read: {error}", "a folder of a model that can be read")
 
 
 def _packages() -> list[str]:

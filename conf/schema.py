@@ -43,6 +43,10 @@ class ModelConfig:
     """Attributes of that model's transformers config (hidden_size, num_hidden_layers, …)."""
     path: str | None = None
     """Hub name or local folder with pretrained weights (or the folder/package that holds `gguf_file`)."""
+    variant: str | None = None
+    """Which of several weights in `path`, as transformers has it: fp16 for model.fp16.safetensors."""
+    subfolder: str | None = None
+    """Folder inside `path` that holds the model."""
     gguf_file: str | None = None
     """A GGUF file inside `path`; `path=package:NAME` means the folder of an installed Python package."""
     revision: str | None = None

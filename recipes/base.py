@@ -55,8 +55,12 @@ class Recipe(ABC):
     report: dict[str, Any]
     """What `prepare` found, JSON values; `fingerprint` changes with the rows and their encoding."""
 
+    notes: list[str]
+    """What is to be said of the model's weights."""
+
     def __init__(self, cfg: Config):
         self.cfg = cfg
+        self.notes = []
 
     @abstractmethod
     def check(self) -> list[Problem]:

@@ -74,14 +74,14 @@ class CausalLM(Recipe):
         from recipes.models.configuration import check_buildable, check_text
 
         config = self.model_config()
-        problems = check_buildable(self.hf_class(), config, self.cfg)
+        problems = check_buildable(self.hf_class(), config, self.cfg, weights=self._folder, notes=self.notes)
         return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
 
     def said(self) -> str | None:
         from recipes.data import changes, readable
 
         said = changes.lines(self.report["changes"]) + readable.lines(self.report["unreadable"])
-        return "\n".join(said) or None
+        return "\n".join([*self.notes, *said]) or None
 
     def model_config(self) -> PretrainedConfig:
         from recipes.models.configuration import scratch_config, set_dropout

@@ -27,6 +27,23 @@ model.save_pretrained(out)
 AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False).save_pretrained(out)
 """
 """The program that turns a GGUF file into a folder, in a process of its own."""
+DEQUANTISE = """
+import sys, torch, transformers
+folder, variant, out = sys.argv[1:]
+config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+config.quantization_config = {**config.quantization_config, "dequantize": True}
+family = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+options = {"trust_remote_code": False, "use_safetensors": True, "variant": variant or None, "dtype": "auto"}
+model = family.from_pretrained(folder, config=config, **options)
+# As above.
+model.hf_quantizer, model.is_quantized = None, False
+vars(model.config).pop("quantization_config", None)
+kinds = {parameter.dtype for parameter in model.parameters()}
+assert kinds <= {torch.float32, torch.bfloat16, torch.float16}, f"some weights are still of {kinds}"
+# In the format that it was read in (the default) it would be quantised again.
+model.save_pretrained(out, variant=variant or None, save_original_format=False)
+"""
+"""The same for weights that are quantised."""
 
 
 def config(source: Path | str, *, revision: str | None = None, key: str = "model.path", **options: Any) -> Any:

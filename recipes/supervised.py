@@ -420,7 +420,10 @@ class Supervised(Recipe):
         """What only the model's own configuration can tell."""
         from recipes.models.configuration import check_buildable
 
-        return check_buildable(self.hf_class(), self.model_config(), self.cfg, trained=not self.finished)
+        return check_buildable(
+            self.hf_class(), self.model_config(), self.cfg, trained=not self.finished, weights=self._folder,
+            new_head=self.new_head(), notes=self.notes,
+        )  # fmt: skip
 
     def weights(self) -> Path | None:
         return self._folder

@@ -52,7 +52,8 @@ def build(
             model = from_scratch(recipe.hf_class(), config, seed=cfg.seed, **settings)
         else:
             new_head = cfg.seed if recipe.new_head() else None
-            model = from_pretrained(recipe.hf_class(), folder, config=config, new_head_seed=new_head, **settings)
+            settings |= {"config": config, "new_head_seed": new_head, "variant": cfg.model.variant}
+            model = from_pretrained(recipe.hf_class(), folder, **settings)
     checkpoint_layers(model, cfg.train.activation_checkpointing)
     if cfg.train.compile:
         compile_layers(model)

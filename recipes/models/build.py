@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 from conf.errors import Problem, RequestError
+from conf.weight_files import find_weights
 from recipes import hub
+from recipes.models.loading import Differences, Place, compare, fill, listed, refuse_lacking
 
 CONSTRUCTED_ELEMENTS = 2**16
 """Largest parameter whose value from the constructor is remembered: vectors and scalars."""
-Place = Callable[[list[nn.Parameter]], None]
-"""Called with a block's parameters once they are whole and final; may shard them (tensor parallelism, ZeRO-3)."""
 Divide = Callable[[PreTrainedModel], None]
 """Called with the model on the meta device; may cut it down to a pipeline stage and mark what is to be sharded."""
 
@@ -235,28 +233,16 @@ def from_pretrained(
     place: Place | None = None,
     config: PretrainedConfig | None = None,
     new_head_seed: int | None = None,
+    variant: str | None = None,
 ) -> PreTrainedModel:
     """A model with the weights of `folder` (safetensors; never pickles of strangers, never their code).
 
-    With `divide` or `place` it is filled layer by layer, from the tensors that this rank's part needs: no more than one
-    whole layer is ever in memory. With `new_head_seed` what stands outside of the base model may be missing there and
-    is then new, by the family's own initialisation. `config`, when given, goes instead of the folder's: the head and
-    the dropout are the request's. Raises RequestError when other weights are missing.
+    It is filled layer by layer, from the tensors that this rank's part needs: no more than one whole layer is ever in
+    memory beside what `place` keeps. With `new_head_seed` what stands outside of the base model may be missing there
+    and is then new, by the family's own initialisation. `config`, when given, goes instead of the folder's: the head
+    and the dropout are the request's. variant: as in `find_weights`. Raises RequestError when other weights are
+    missing.
     """
-    if divide is None and place is None and new_head_seed is None:
-        model, found = hub.model(
-            hf_class,
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        other = [f"{name} in this shape" for name, *_ in found["mismatched_keys"]]
-        _refuse_lacking(folder, sorted(found["missing_keys"]) + other)
-        model.config.use_cache = False
-        return _learning_all_tokens(model)
     config = config or hub.config(folder)
     config.use_cache = False
     model = on_meta(hf_class, config, dtype=dtype, attention=attention)
@@ -266,11 +252,12 @@ def from_pretrained(
     if divide is not None:
         divide(model)
     above = _initialised_above(model) if new_head_seed is not None else {}
-    _fill(model, folder, device, place)
+    mismatched = fill(model, find_weights(folder, variant).files, device, place)
     model.tie_weights(recompute_mapping=False)
     lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     new = [] if new_head_seed is None else [name for name in lacking if _in_head(base, name)]
-    _refuse_lacking(folder, [name for name in lacking if name not in new])
+    left = [name for name in lacking if name not in new]
+    refuse_lacking(folder, [f"{name} in this shape" if name in mismatched else name for name in left])
     if new_head_seed is not None:
         above = {name: block for name, block in above.items() if name in new}
         _initialise_head(model, new, new_head_seed, device, above, place)
@@ -289,12 +276,22 @@ def _on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _refuse_lacking(folder: Path, names: list[str]) -> None:
-    """Nothing that the weights lack is made up. Raises RequestError."""
-    if names:
-        rule = f"its weights lack {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        nearest = "a model that was trained for this task, and for these classes"
-        raise RequestError(Problem("model.path", str(folder), rule, nearest))
+def check_weights(model: PreTrainedModel, folder: Path, variant: str | None, new_head: bool) -> list[str]:
+    """What is to be said of a folder's weights for `model` (whole, on the meta device), before anything is read.
+
+    The same in every layout. Raises RequestError where something would be made up.
+    """
+    files = find_weights(folder, variant)
+    found: Differences = compare(model, files.files)
+    base = _base_prefix(model)
+    new = {name for name in (*found.missing, *found.mismatched) if new_head and _in_head(base, name)}
+    refuse_lacking(folder, [name for name in found.lacking if name.partition(" ")[0] not in new])
+    said = [f"weights of {folder}: {', '.join(files.others)} not read"] if files.others else []
+    if new:
+        said.append(f"new in the model, its weights lack it: {listed(sorted(new))}")
+    if found.unexpected:
+        said.append(f"in its weights, without a place in the model: {listed(found.unexpected)}")
+    return said
 
 
 def _base_prefix(model: PreTrainedModel) -> str:
@@ -326,43 +323,6 @@ def _initialise_head(
             own = [key for key, _ in block.named_parameters(prefix=name, recurse=_is_layer(name))]
             if name in above.values() or any(key in names for key in own):
                 _initialise(model, name, block, seed, device, above, place)
-
-
-def _fill(model: PreTrainedModel, folder: Path, device: torch.device, place: Place | None) -> None:
-    """Load the tensors that `model` has parameters for, a layer at a time, under transformers' own renaming rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    # transformers puts a new Parameter in place of each: what was marked on the old one must follow.
-    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    dtype = next(model.parameters()).dtype
-    settings = LoadStateDictConfig(
-        dtype=dtype,
-        device_map={"": device},
-        weight_mapping=list(get_model_conversion_mapping(model)),  # type: ignore[arg-type]
-    )
-    waiting = set(marks)
-    with ExitStack() as stack:
-        groups: dict[str, dict[str, Any]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            tensors = stack.enter_context(safe_open(file, framework="pt"))
-            for key in tensors.keys():  # noqa: SIM118 - not a dictionary
-                layer = re.match(r"(.*?\.\d+)\.", key)
-                groups.setdefault(layer.group(1) if layer else key, {})[key] = tensors.get_slice(key)
-        for group in groups.values():
-            convert_and_load_state_dict_in_model(model, group, settings)
-            loaded = [
-                (name, parameter) for name, parameter in model.named_parameters()
-                if name in waiting and not parameter.is_meta
-            ]  # fmt: skip
-            for name, parameter in loaded:
-                waiting.discard(name)
-                vars(parameter).update(marks[name])
-                # Out of the mapped file: the engine writes into it (a broadcast), and pages once written stay.
-                parameter.data = parameter.data.clone()
-            if place is not None:
-                place([parameter for _, parameter in loaded])
 
 
 def checkpoint_layers(model: PreTrainedModel, every: int) -> None:

@@ -97,14 +97,31 @@ def _layerdrops(config: PretrainedConfig) -> list[str]:
     return [name for name, value in vars(config).items() if name.endswith("layerdrop") and value]
 
 
-def check_buildable(hf_class: Any, config: PretrainedConfig, cfg: Config, trained: bool = True) -> list[Problem]:
-    """What keeps a model from being built and trained as asked, shown on the meta device: no memory, no weights."""
+def check_buildable(
+    hf_class: Any, config: PretrainedConfig, cfg: Config, trained: bool = True, weights: Path | None = None,
+    new_head: bool = False, notes: list[str] | None = None,
+) -> list[Problem]:  # fmt: skip
+    """What keeps a model from being built and trained as asked, shown on the meta device: no memory, no weights.
+
+    weights: the folder it is to be filled from; new_head: whether its head may be missing there. notes: gets what is to
+    be said of them.
+    """
     try:
         with torch.device("meta"):
             network = hub.new_model(hf_class, config, attn_implementation=cfg.model.attention)
     except Exception as error:  # as above: whatever a family raises for its own configuration
         return [refused(config.model_type, error)]
-    return check_network(network, cfg, trained)
+    problems = check_network(network, cfg, trained)
+    if weights is not None:
+        from recipes.models.build import check_weights
+
+        try:
+            said = check_weights(network, weights, cfg.model.variant, new_head)
+        except RequestError as error:
+            return problems + error.problems
+        if notes is not None:
+            notes[:] = said
+    return problems
 
 
 def check_network(network: PreTrainedModel, cfg: Config, trained: bool = True) -> list[Problem]:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
 from conf.schema import ModelConfig
+from conf.weight_files import SUFFIX, find_weights, names_of_weights, quantised, read_json, single_file
 from recipes import hub
 from recipes.base import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-WANTED = ("*.safetensors*", "*.json", "*.model", "*.spm", "*.txt", "*.jinja")
-"""Files of a model of the hub: weights, configuration, and tokenizers of any kind (Marian's are two `.spm`)."""
+WANTED = ("*.json", "*.model", "*.spm", "*.txt", "*.jinja")
+"""Files of a model of the hub beside its weights: configuration, and tokenizers of any kind (Marian's are two `.spm`).
+"""
 
 
 def package_folder(path: str) -> Path | None:
@@ -44,18 +49,13 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     assert model.path is not None  # the caller asks only then
     folder = package_folder(model.path) or Path(model.path).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(model.path, model.revision)
+        folder = _from_hub(model)
+    folder = folder / (model.subfolder or "")
     if model.gguf_file:
         return _from_gguf(folder, model.gguf_file, progress)
-    if not any(folder.glob("*.safetensors")):
-        pickles = ", ".join(sorted(entry.name for entry in folder.glob("*.bin")))
-        rule = "it has no weights in safetensors" + (
-            f", only a pickle, which is never opened ({pickles})" if pickles else ""
-        )
-        nearest = (
-            "another model, a folder with a revision of it that has them, or save_pretrained() of one that you trust"
-        )
-        raise RequestError(Problem("model.path", model.path, rule, nearest))
+    found = find_weights(folder, model.variant)
+    if quantised(read_json(folder / "config.json")):
+        return _dequantised(folder, found.files, model.variant, progress)
     return folder
 
 
@@ -67,7 +67,9 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
     from recipes.models.configuration import set_dropout
 
     path = str(folder or model.path)
-    extra = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
+    extra: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
+    if model.subfolder and folder is None:
+        extra["subfolder"] = model.subfolder
     folder_or_name = folder or package_folder(path) or path
     try:
         config = hub.config(folder_or_name, revision=None if folder else model.revision, **extra)
@@ -75,17 +77,35 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         rule = f"no model configuration there: {reason}"
         raise RequestError(Problem("model.path", path, rule, "a local folder or package:NAME")) from error
+    if not model.gguf_file and quantised(config.to_dict()):
+        del config.quantization_config  # what is trained are plain weights
     return set_dropout(config, model.dropout)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(model: ModelConfig) -> Path:
+    """The snapshot of a model of the hub: no other weights are fetched than those that are read."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
+    name, below = str(model.path), f"{model.subfolder}/" if model.subfolder else ""
+
+    def fetched(*more: str) -> Path:
+        patterns = [f"{below}{pattern}" for pattern in (*WANTED, *more)]
+        return hub.snapshot(name, revision=model.revision, patterns=patterns)
+
+    name, below = str(model.path), f"{model.subfolder}/" if model.subfolder else ""
+
     try:
-        return hub.snapshot(name, revision=revision, patterns=WANTED)
+        if model.gguf_file:
+            return fetched(model.gguf_file)
+        folder = fetched(single_file(model.variant))
+        try:
+            find_weights(folder / below, model.variant)
+        except RequestError:
+            return fetched(*names_of_weights(folder / below, model.variant))
+        return folder
     except RevisionNotFoundError:
         rule = "there is no such branch, tag or commit of this model"
-        raise RequestError(Problem("model.revision", str(revision), rule, "model.revision=null")) from None
+        raise RequestError(Problem("model.revision", str(model.revision), rule, "model.revision=null")) from None
     except HFValidationError:
         rule, nearest = "neither a local folder nor a hub name", "model.path=./FOLDER or model.path=OWNER/NAME"
     except LocalEntryNotFoundError:
@@ -102,35 +122,58 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _from_gguf(folder: Path, file: str, progress: Progress | None) -> Path:
-    """Dequantise a GGUF file to safetensors, once, in the cache.
+    """Dequantise a GGUF file to safetensors, once, in the cache."""
+    source = folder / file
+    status = source.stat()
+    key = hashlib.sha256(f"{source.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
+    words = [hub.CONVERT, str(folder), file]
+    problem = Problem("model.gguf_file", file, "cannot be read as GGUF")
+    return _converted(f"{source.stem}-{key}", words, file, problem, progress)
+
+
+def _dequantised(folder: Path, files: Sequence[Path], variant: str | None, progress: Progress | None) -> Path:
+    """A copy with plain weights of a model that is quantised, once, in the cache; the tokenizer goes along."""
+    states = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
+    key = hashlib.sha256(f"{folder.resolve()}:{states}".encode()).hexdigest()[:16]
+    words = [hub.DEQUANTISE, str(folder), variant or ""]
+    method = quantised(read_json(folder / "config.json"))
+    problem = Problem("quantization_config.quant_method", str(method), "its weights cannot be turned into plain ones")
+    target = _converted(f"{folder.name}-{key}", words, f"{method} weights", problem, progress)
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.endswith((SUFFIX, ".index.json")) and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+    return target
+
+
+def _converted(name: str, words: Sequence[str], what: str, problem: Problem, progress: Progress | None) -> Path:
+    """The folder `name` of the cache, which a script makes where it is not there: words are its source and arguments.
 
     In a process of its own: converting takes the whole model in memory, which no rank ever does under ZeRO-3.
+    Raises RequestError: `problem` with the script's reason.
     """
     from filelock import FileLock
 
     from recipes.data.store import default_cache_dir, share
 
-    source = folder / file
-    status = source.stat()
-    key = hashlib.sha256(f"{source.resolve()}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
-    target = default_cache_dir() / "models" / f"{source.stem}-{key}"
+    target = default_cache_dir() / "models" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return target
         if progress:
-            progress(0, 1, f"converting {file}")
+            progress(0, 1, f"converting {what}")
         scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, "-c", hub.CONVERT, str(folder), file, str(scratch)],
+            [sys.executable, "-c", *words, str(scratch)],
             capture_output=True, encoding="utf-8", errors="replace", env=environment,
         )  # fmt: skip
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise RequestError(Problem("model.gguf_file", file, f"cannot be read as GGUF: {reason}"))
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise RequestError(replace(problem, rule=f"{problem.rule}: {reason}"))
         share(scratch)
         scratch.rename(target)
         if progress:
-            progress(1, 1, f"converting {file}")
+            progress(1, 1, f"converting {what}")
     return target

@@ -1,0 +1,128 @@
+"""Weights from safetensors into a model, layer by layer: the one loader of all layouts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from conf.errors import Problem, RequestError
+from conf.weight_files import header
+
+Place = Callable[[list[nn.Parameter]], None]
+"""Called with a block's parameters once they are whole and final; may shard them (tensor parallelism, ZeRO-3)."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""safetensors' names."""
+NAMED = 3
+"""Tensors that a message names; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Between a model and its weights, by the model's names.
+
+    missing: parameters without weights. mismatched: the same, of another shape. unexpected: weights without a place,
+    by their names in the files.
+    """
+
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    @property
+    def lacking(self) -> list[str]:
+        """As a message names them."""
+        return [*self.missing, *(f"{name} in this shape" for name in self.mismatched)]
+
+
+def compare(model: PreTrainedModel, files: tuple[Path, ...]) -> Differences:
+    """What would be found when `model` (whole, on the meta device) were filled: nothing is read but the headers.
+
+    Under transformers' own renaming rules, and silent about what transformers is silent about.
+    Raises RequestError for a file that is not whole.
+    """
+    shapes = {name: entry for file in files for name, entry in header(file).items()}
+    tensors = {
+        name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
+        for name, (dtype, shape) in shapes.items()
+    }
+    found, _ = convert_and_load_state_dict_in_model(model, tensors, _settings(model, torch.device("meta")))
+    model._adjust_missing_and_unexpected_keys(found)
+    mismatched = {name for name, *_ in found.mismatched_keys}
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = (found.missing_keys & parameters) - mismatched - set(model.all_tied_weights_keys)
+    return Differences(tuple(sorted(missing)), tuple(sorted(mismatched)), tuple(sorted(found.unexpected_keys)))
+
+
+def fill(model: PreTrainedModel, files: tuple[Path, ...], device: torch.device, place: Place | None) -> list[str]:
+    """Load the tensors that `model` has parameters for, a layer at a time, under transformers' own renaming rules.
+
+    Returns the names of the parameters whose tensors have another shape; they stay on the meta device.
+    """
+    # transformers puts a new Parameter in place of each: what was marked on the old one must follow.
+    marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    settings = _settings(model, device)
+    waiting, mismatched = set(marks), list[str]()
+    with ExitStack() as stack:
+        for group in _by_layer(files, stack):
+            found, _ = convert_and_load_state_dict_in_model(model, group, settings)
+            mismatched += [name for name, *_ in found.mismatched_keys]
+            loaded = [
+                (name, parameter) for name, parameter in model.named_parameters()
+                if name in waiting and not parameter.is_meta
+            ]  # fmt: skip
+            for name, parameter in loaded:
+                waiting.discard(name)
+                vars(parameter).update(marks[name])
+                # Out of the mapped file: the engine writes into it (a broadcast), and pages once written stay.
+                parameter.data = parameter.data.clone()
+            if place is not None:
+                place([parameter for _, parameter in loaded])
+    return mismatched
+
+
+def refuse_lacking(folder: Path, names: list[str]) -> None:
+    """Nothing that the weights lack is made up. Raises RequestError."""
+    if names:
+        nearest = "a model that was trained for this task, and for these classes"
+        raise RequestError(Problem("model.path", str(folder), f"its weights lack {listed(names)}", nearest))
+
+
+def listed(names: list[str] | tuple[str, ...]) -> str:
+    """Some of the names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _settings(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:
+    return LoadStateDictConfig(
+        dtype=next(model.parameters()).dtype,
+        device_map={"": device},
+        ignore_mismatched_sizes=True,
+        weight_mapping=list(get_model_conversion_mapping(model)),  # type: ignore[arg-type]
+    )
+
+
+def _by_layer(files: tuple[Path, ...], stack: ExitStack) -> Iterator[dict[str, Any]]:
+    """The tensors of each layer, and each one that is of none; not yet read."""
+    groups: dict[str, dict[str, Any]] = {}
+    for file in files:
+        tensors = stack.enter_context(safe_open(file, framework="pt"))
+        for key in tensors.keys():  # noqa: SIM118 - not a dictionary
+            layer = re.match(r"(.*?\.\d+)\.", key)
+            groups.setdefault(layer.group(1) if layer else key, {})[key] = tensors.get_slice(key)
+    yield from groups.values()

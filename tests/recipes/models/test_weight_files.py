@@ -1,0 +1,245 @@
+"""Which files of a folder are a model's weights, and what becomes of those that are not plain, whole or expected."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from conf.compose import compose
+from conf.errors import RequestError
+from conf.schema import ModelConfig
+from conf.weight_files import find_weights, header, quantised
+from recipes.models.build import check_weights, from_pretrained
+from recipes.models.pretrained import local_folder, pretrained_config
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "attention": None}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a small Llama."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZE)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def weights_of(folder: Path, sharded: bool, hf_class: Any = AutoModelForCausalLM, **more: Any) -> dict[str, Any]:
+    """As plain layouts and as those with `place` (ZeRO-3, tensor parallel) load them."""
+    place = {"place": lambda parameters: None} if sharded else {}
+    return dict(from_pretrained(hf_class, folder, **SETTINGS, **place, **more).state_dict())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_other_files_beside_the_weights_are_named_and_not_read(saved: Path, sharded: bool) -> None:
+    """A consolidated copy, an adapter, an older save: all layouts read what transformers reads."""
+    expected = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(saved / "model.safetensors").items()}
+    for name in ("adapter_model", "consolidated", "model-00001-of-00002", "zz"):
+        save_file(zeros, saved / f"{name}.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(weights_of(saved, sharded), dict(expected), rtol=0, atol=0)
+    whole = on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE))
+    (said,) = check_weights(whole, saved, None, new_head=False)
+    assert said.endswith("adapter_model.safetensors, consolidated.safetensors, model-00001-of-00002.safetensors, "
+                         "zz.safetensors not read")  # fmt: skip
+
+
+def test_the_index_chooses_its_files(saved: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    model.save_pretrained(saved, max_shard_size="100KB")
+    stray = {"lm_head.weight": torch.zeros(64, 64)}
+    save_file(stray, saved / "zz.safetensors")
+    found = find_weights(saved)
+    assert len(found.files) > 1 and found.others == ("zz.safetensors",)
+    torch.testing.assert_close(weights_of(saved, True), dict(model.state_dict()), rtol=0, atol=0)
+    found.files[1].unlink()
+    with pytest.raises(RequestError, match=f"its index names {found.files[1].name}, which is not there"):
+        find_weights(saved)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_variant(saved: Path, sharded: bool) -> None:
+    model = LlamaForCausalLM.from_pretrained(saved)
+    shutil.rmtree(saved)
+    model.save_pretrained(saved, variant="fp16")
+    with pytest.raises(RequestError, match=r"model\.variant=fp16"):
+        find_weights(saved)
+    torch.testing.assert_close(weights_of(saved, sharded, variant="fp16"), dict(model.state_dict()), rtol=0, atol=0)
+    model.save_pretrained(saved, variant="fp16", max_shard_size="100KB")
+    (saved / "model.fp16.safetensors").unlink(missing_ok=True)
+    assert len(find_weights(saved, "fp16").files) > 1
+
+
+def on_meta(hf_class: Any, config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return hf_class.from_config(config)
+
+
+def test_the_differences_are_told_before_anything_is_read(saved: Path) -> None:
+    """A head is new and said to be; a lacking layer is refused; what has no place is named."""
+    config = LlamaConfig(**SIZE, num_labels=3)
+    classifier = AutoModelForSequenceClassification
+    said = check_weights(on_meta(classifier, config), saved, None, new_head=True)
+    assert said == [
+        "new in the model, its weights lack it: score.weight",
+        "in its weights, without a place in the model: lm_head.weight",
+    ]
+    with pytest.raises(RequestError, match=r"its weights lack score\.weight"):
+        check_weights(on_meta(classifier, config), saved, None, new_head=False)
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "score.weight": torch.zeros(5, 64)}, file, metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=r"its weights lack score\.weight in this shape"):
+        check_weights(on_meta(classifier, config), saved, None, new_head=False)
+    lacking = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    for sharded in (False, True):
+        with pytest.raises(RequestError, match=r"its weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
+            weights_of(saved, sharded)
+    with pytest.raises(RequestError, match=r"its weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_weights(on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE)), saved, None, new_head=False)
+    save_file({**tensors, "model.layers.1.mlp.up_proj.weight": lacking.T.contiguous()}, file, metadata={"format": "pt"})
+    for sharded in (False, True):
+        with pytest.raises(RequestError, match=r"up_proj\.weight in this shape"):
+            weights_of(saved, sharded)
+
+
+def broken(folder: Path, what: str) -> None:
+    file, config = folder / "model.safetensors", folder / "config.json"
+    if what == "half a download":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "nothing":
+        file.write_bytes(b"")
+    elif what == "a pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n")
+    elif what == "a page":
+        config.write_text("<!DOCTYPE html><html></html>")
+    elif what == "a header of exabytes":
+        file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    elif what == "a header of nothing":
+        file.write_bytes((4).to_bytes(8, "little") + b"[[[[")
+    elif what == "an adapter":
+        file.rename(folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    elif what == "another name":
+        file.rename(folder / "weights.safetensors")
+    else:
+        settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": what}}
+        config.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("what", "says", "advice"),
+    [
+        ("half a download", "it is not complete", "copy or download it again"),
+        ("nothing", "is no whole safetensors file", "copy or download it again"),
+        ("a pointer", "is a pointer of Git LFS", "`git lfs pull`"),
+        ("a page", "is no JSON", "copy or download it again"),
+        ("a header of exabytes", "is no whole safetensors file", "copy or download it again"),
+        ("a header of nothing", "its header is broken", "copy or download it again"),
+        ("an adapter", "is an adapter (PEFT) of some/base", "merge_and_unload"),
+        ("another name", "none is one that transformers reads", "rename weights.safetensors to model.safetensors"),
+        *((method, "cannot be turned into plain ones", "the model it was made of")
+          for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "of tomorrow")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused_before_the_start(saved: Path, what: str, says: str, advice: str) -> None:
+    broken(saved, what)
+    with pytest.raises(RequestError) as refused:
+        compose(["+recipe=quickstart", "model=pretrained", f"model.path={saved}"], 1)
+    (problem,) = refused.value.problems
+    assert says in problem.rule and advice in problem.nearest
+    if "rename" in advice:  # advice that works when it is followed
+        (saved / "weights.safetensors").rename(saved / "model.safetensors")
+        compose(["+recipe=quickstart", "model=pretrained", f"model.path={saved}"], 1)
+    if "quantis" in says or what == "gptq":
+        assert problem.key == "quantization_config.quant_method" and problem.value == what
+
+
+def in_fp8(folder: Path, block: int = 32) -> dict[str, torch.Tensor]:
+    """Put the linear layers into fp8 with a scale for each block; returns the values that this leaves."""
+    file = folder / "model.safetensors"
+    tensors, values = load_file(file), {}
+    for name, tensor in list(tensors.items()):
+        values[name] = tensor
+        if "proj" not in name:
+            continue
+        rows, columns = tensor.shape[0] // block, tensor.shape[1] // block
+        blocks = tensor.reshape(rows, block, columns, block)
+        scale = blocks.abs().amax(dim=(1, 3)) / 448
+        small = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale_inv"] = small.reshape(tensor.shape), scale
+        values[name] = (small.float() * scale[:, None, :, None]).reshape(tensor.shape)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return values
+
+
+@pytest.mark.slow
+def test_weights_in_fp8_are_read_with_their_scales(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layout the same plain weights, and a model that says no more that it is quantised."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(saved.parent / "cache"))
+    (saved / "tokenizer.json").write_text("{}")
+    values = in_fp8(saved)
+    assert any(kind == "F8_E4M3" for kind, _ in header(saved / "model.safetensors").values())
+    model = ModelConfig(path=str(saved))
+    compose(["+recipe=quickstart", "model=pretrained", f"model.path={saved}"], 1)
+    folder = local_folder(model)
+    assert (folder / "tokenizer.json").is_file() and local_folder(model) == folder
+    assert quantised(json.loads((folder / "config.json").read_text())) is None
+    assert not hasattr(pretrained_config(model, folder), "quantization_config")
+    assert not hasattr(pretrained_config(model), "quantization_config"), "as the plan reads it"
+    for sharded in (False, True):
+        torch.testing.assert_close(weights_of(folder, sharded), values, rtol=1e-6, atol=1e-7)
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The sixteen numbers of e2m1 (OCP Microscaling Formats v1.0, 5.3.3)."""
+
+
+@pytest.mark.slow
+def test_weights_in_mxfp4_are_read_with_their_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-OSS as it is published: pairs of numbers in a byte, a power of two for every 32 of them."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    size = {**SIZE, "intermediate_size": 64, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model, folder = GptOssForCausalLM(GptOssConfig(**size)), tmp_path / "model"
+    model.save_pretrained(folder)
+    tensors, expected = load_file(folder / "model.safetensors"), {}
+    draw = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, rows, columns = tensors.pop(name).shape
+        blocks = torch.randint(256, (experts, columns, rows // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(120, 128, (experts, columns, rows // 32), generator=draw, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        pairs = torch.stack([torch.tensor(FP4)[(blocks & 15).long()], torch.tensor(FP4)[(blocks >> 4).long()]], -1)
+        values = pairs.flatten(-2) * (2.0 ** (scales.float() - 127))[..., None]
+        expected[name] = values.reshape(experts, columns, rows).transpose(1, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    plain = weights_of(local_folder(ModelConfig(path=str(folder))), True)
+    assert len(expected) == 4
+    for name, values in expected.items():
+        torch.testing.assert_close(plain[name], values, rtol=0, atol=0)
