@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 from conf_cases import (
@@ -347,12 +348,13 @@ def files(empty_directory):
     """The files that the cases name."""
     write("notes.txt", "one\ntwo\n")
     write("rows.jsonl", json.dumps({"text": "a"}) + "\n")
-    for name in ("config.json", "model.safetensors"):
-        write(f"whole/{name}")
-    write("pickled/config.json")
+    write("whole/config.json", "{}")
+    write("pickled/config.json", "{}")
     write("pickled/pytorch_model.bin")
-    write("bare/model.safetensors")
-    write("empty/config.json")
+    for folder in ("whole", "bare"):
+        (Path(folder)).mkdir(exist_ok=True)
+        Path(folder, "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    write("empty/config.json", "{}")
     write("ggufs/a.gguf")
 
 
