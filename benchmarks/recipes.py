@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
                 continue
             request = json.dumps([f"+recipe={name}", *overrides, *extra])
             command = [sys.executable, str(ROOT / "benchmarks/recipes.py"), f"one={request}", f"steps={own['steps']}"]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8")
             if done.returncode:
                 raise SystemExit(f"{name}\n{done.stderr[-3000:]}")
             rows.append(row(name, json.loads(done.stdout.splitlines()[-1])))

@@ -33,8 +33,8 @@ folder, variant, out = sys.argv[1:]
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 config.quantization_config = {**config.quantization_config, "dequantize": True}
 family = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-options = {"trust_remote_code": False, "use_safetensors": True, "variant": variant or None, "dtype": "auto"}
-model = family.from_pretrained(folder, config=config, **options)
+options = {"use_safetensors": True, "variant": variant or None, "dtype": "auto"}
+model = family.from_pretrained(folder, config=config, trust_remote_code=False, **options)
 # As above.
 model.hf_quantizer, model.is_quantized = None, False
 vars(model.config).pop("quantization_config", None)

@@ -92,8 +92,6 @@ def _from_hub(model: ModelConfig) -> Path:
         patterns = [f"{below}{pattern}" for pattern in (*WANTED, *more)]
         return hub.snapshot(name, revision=model.revision, patterns=patterns)
 
-    name, below = str(model.path), f"{model.subfolder}/" if model.subfolder else ""
-
     try:
         if model.gguf_file:
             return fetched(model.gguf_file)
