@@ -75,7 +75,7 @@ class CausalLM(Recipe):
 
         config = self.model_config()
         problems = check_buildable(self.hf_class(), config, self.cfg, weights=self._folder, notes=self.notes)
-        return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length)
+        return problems + check_text(config, self.tokenizer, self.cfg.data.seq_length, self.cfg.model.path)
 
     def said(self) -> str | None:
         from recipes.data import changes, readable

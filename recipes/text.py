@@ -161,7 +161,7 @@ class TextTask(Supervised):
             where = "model.path" if self.cfg.model.path else "model.type"
             shown = str(self.cfg.model.path or self.cfg.model.type)
             return [Problem(where, shown, rule, "model=bert_4m, or task=translation")]
-        return problems or check_text(self.model_config(), self.tokenizer, self.row_length())
+        return problems or check_text(self.model_config(), self.tokenizer, self.row_length(), self.cfg.model.path)
 
     def row_length(self) -> int:
         """Tokens of a row at most."""

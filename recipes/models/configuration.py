@@ -154,14 +154,26 @@ def check_network(network: PreTrainedModel, cfg: Config, trained: bool = True) -
     return found
 
 
-def check_text(config: PretrainedConfig, tokenizer: Any, seq_length: int) -> list[Problem]:
-    """Whether the tokens of a tokenizer have rows in the embedding, and the rows of the data positions in the model."""
+def check_text(
+    config: PretrainedConfig, tokenizer: Any, seq_length: int, pretrained: str | None = None
+) -> list[Problem]:
+    """Whether the tokens of a tokenizer have rows in the embedding, and the rows of the data positions in the model.
+
+    pretrained: the `model.path` of a model whose embedding is as it is.
+    """
     text = config.get_text_config()
     problems = []
     if len(tokenizer) > text.vocab_size:
         rule = f"the tokenizer has {len(tokenizer)} tokens, more than the embedding has rows"
+        key, value = "model.config.vocab_size", str(text.vocab_size)
         nearest = f"model.config.vocab_size={-(-len(tokenizer) // 64) * 64} or a tokenizer of that size"
-        problems.append(Problem("model.config.vocab_size", str(text.vocab_size), rule, nearest))
+        if pretrained is not None:
+            key, value, rule = "model.path", pretrained, f"{rule} ({text.vocab_size})"
+            nearest = (
+                "model.tokenizer=FOLDER of the tokenizer that it was trained with (null where it is in model.path), "
+            )
+            nearest += "or a copy made larger: model.resize_token_embeddings(len(tokenizer)), save_pretrained(FOLDER)"
+        problems.append(Problem(key, value, rule, nearest))
     positions = getattr(text, "max_position_embeddings", None)
     if positions and text.model_type in OFFSET_POSITIONS:
         positions -= (text.pad_token_id or 0) + 1

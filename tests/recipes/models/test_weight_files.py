@@ -22,7 +22,9 @@ from conf.compose import compose
 from conf.errors import RequestError
 from conf.schema import ModelConfig
 from conf.weight_files import find_weights, header, quantised
+from recipes.data.tokenizer import train_tokenizer
 from recipes.models.build import check_weights, from_pretrained
+from recipes.models.configuration import check_text
 from recipes.models.pretrained import local_folder, pretrained_config
 
 SIZE: dict[str, Any] = {
@@ -243,3 +245,15 @@ def test_weights_in_mxfp4_are_read_with_their_scales(tmp_path: Path, monkeypatch
     assert len(expected) == 4
     for name, values in expected.items():
         torch.testing.assert_close(plain[name], values, rtol=0, atol=0)
+
+
+def test_a_tokenizer_larger_than_the_embedding(saved: Path) -> None:
+    """The advice works when it is followed: a copy whose embedding has a row for each token."""
+    tokenizer = train_tokenizer(["a b c"] * 4, 260)
+    model = LlamaForCausalLM.from_pretrained(saved)
+    (problem,) = check_text(model.config, tokenizer, 8, str(saved))
+    assert problem.key == "model.path" and "resize_token_embeddings(len(tokenizer))" in problem.nearest
+    model.resize_token_embeddings(len(tokenizer))
+    assert check_text(model.config, tokenizer, 8, str(saved)) == []
+    (problem,) = check_text(LlamaConfig(**SIZE), tokenizer, 8)
+    assert problem.nearest.startswith("model.config.vocab_size=")
