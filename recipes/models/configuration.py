@@ -169,9 +169,7 @@ def check_text(
         nearest = f"model.config.vocab_size={-(-len(tokenizer) // 64) * 64} or a tokenizer of that size"
         if pretrained is not None:
             key, value, rule = "model.path", pretrained, f"{rule} ({text.vocab_size})"
-            nearest = (
-                "model.tokenizer=FOLDER of the tokenizer that it was trained with (null where it is in model.path), "
-            )
+            nearest = "model.tokenizer=null where its own is in model.path, else the one that it was trained with, "
             nearest += "or a copy made larger: model.resize_token_embeddings(len(tokenizer)), save_pretrained(FOLDER)"
         problems.append(Problem(key, value, rule, nearest))
     positions = getattr(text, "max_position_embeddings", None)
