@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
+from promises import PAGE, PROMISES, files
 
 from conf.overrides import groups
 from conf.rules_run import RUN_FILES, RUN_FOLDERS
@@ -40,3 +41,9 @@ def test_the_readme_has_every_recipe_and_choice() -> None:
 def test_the_readme_has_what_a_run_writes() -> None:
     for name in (*RUN_FILES, *(f"{folder}/" for folder in RUN_FOLDERS)):
         assert f"`{name}`" in README, name
+
+
+def test_every_promise_has_its_tests_and_its_row() -> None:
+    assert [file for file in files() if not (ROOT / file).is_file()] == []
+    page = PAGE.read_text(encoding="utf-8")
+    assert [promise for promise, *_ in PROMISES if f"| {promise} |" not in page] == []
