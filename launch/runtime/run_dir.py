@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from conf.errors import Problem, RequestError
 from conf.rules_run import RUN_FILES, RUN_FOLDERS
+from recipes.durable import append_lines, replace_text
 
 PROBE_BYTES = 1 << 20
 
@@ -70,15 +71,12 @@ class RunDir:
     def append_json(self, name: str, row: Any) -> None:
         """Add a line to a small file of them."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_lines(self.path / name, json.dumps(row) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)  # it may be gone, hours after the start
-        scratch = self.path / f".{name}.tmp"
-        scratch.write_text(text)
-        scratch.replace(self.path / name)
+        replace_text(self.path / name, text)
 
 
 def _write_probe(path: Path) -> None:
