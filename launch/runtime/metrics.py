@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from recipes.durable import append_lines, replace_text
 
 Row = dict[str, Any]
 
@@ -158,9 +159,7 @@ class MetricsLog:
 
     def _replace(self) -> None:
         """Put the rows that wait in the place of those in the file."""
-        scratch = self._path.with_name(f".{self._path.name}.tmp")
-        scratch.write_text("".join(self._waiting), encoding="utf-8")
-        scratch.replace(self._path)
+        replace_text(self._path, "".join(self._waiting))
         self._waiting, self._stale, self._failed = [], False, False
 
     def log(self, row: Row) -> None:
@@ -178,9 +177,8 @@ class MetricsLog:
             if self._stale:
                 self._replace()
                 return
-            # Opened for each row: the file may be gone. One write of whole lines: a crash leaves no half row.
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._waiting))
+            # Opened for each row: the file may be gone.
+            append_lines(self._path, "".join(self._waiting))
             self._waiting.clear()
             self._failed = False
         except OSError as error:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from conf.errors import Problem, RequestError
 from conf.rules_run import RUN_FILES, RUN_FOLDERS
 from launch.runtime.checkpoint import all_of, unfinished
+from recipes.durable import append_lines, replace_text
 
 PROBE_BYTES = 1 << 20
 
@@ -79,15 +80,12 @@ class RunDir:
     def append_json(self, name: str, row: Any) -> None:
         """Add a line to a small file of them."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_lines(self.path / name, json.dumps(row) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)  # it may be gone, hours after the start
-        scratch = self.path / f".{name}.tmp"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(self.path / name)
+        replace_text(self.path / name, text)
 
 
 def _write_probe(path: Path) -> None:
