@@ -25,7 +25,7 @@ def append_lines(path: Path, text: str) -> None:
     """Add whole lines, which end in a newline. Raises OSError; the file then ends where it ended before.
 
     Half a line at the end, left by a crash, is cut off first: a line added to it would be lost with it. Not
-    synchronised: each step would wait for the disk, for rows behind the last checkpoint, which are cut at a resume anyway.
+    synchronised: each step would wait for the disk, for rows behind the last checkpoint, which a resume cuts anyway.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -1,6 +1,6 @@
 """Checkpoints as transactions: a folder of RUN_DIR/checkpoints is a whole one or it is not there.
 
-    step_00000050/manifest.json         what it is of, and every file with its size and SHA-256
+    step_00000050/manifest.json         what it is of, every file with its size and SHA-256, and a checksum of itself
     step_00000050/rank_00000.safetensors, …
 
 This is the side that reads; `launch/runtime/saving.py` writes.
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError
+from recipes.checksums import is_sealed
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PREFIX = "step_"
 NAME = re.compile(PREFIX + r"\d{8,}")
@@ -71,6 +72,9 @@ def read(folder: Path) -> Checkpoint:
     if known != FORMAT:
         rule = f"of format {known}, this version reads {FORMAT}"
         raise RequestError(Problem("resume", str(folder), rule, "the version that wrote it"))
+    if not is_sealed(manifest):
+        rule = "is damaged: its content is not what was written (its own checksum)"
+        raise RequestError(Problem("resume", str(file), rule, "resume=auto, which takes the newest whole one"))
     return Checkpoint(folder, manifest)
 
 

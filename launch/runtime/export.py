@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from conf.errors import Problem, RequestError
 from recipes import hub
+from recipes.checksums import SUMS, write_sums
 
 if TYPE_CHECKING:
     from launch.runtime.engine import Engine
@@ -139,7 +140,7 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
 
     def describe(scratch: Path) -> None:
         for file in source.iterdir():
-            if file.is_file() and ".safetensors" not in file.name:
+            if file.is_file() and ".safetensors" not in file.name and file.name != SUMS:
                 shutil.copy(file, scratch / file.name)
         if dtype is not None:
             config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
@@ -200,6 +201,7 @@ def _write(
                 json.dumps(listing, indent=2) + "\n", encoding="utf-8"
             )
         describe(scratch)
+        write_sums(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(scratch, folder)
 

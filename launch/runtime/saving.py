@@ -139,6 +139,7 @@ class Saving:
         }  # fmt: skip
 
     def _publish(self, pending: _Pending, receipts: list[Receipt]) -> None:
+        from recipes.checksums import seal
         from recipes.data.store import synchronise
 
         tensors: dict[str, Any] = {}
@@ -146,7 +147,8 @@ class Saving:
             tensors |= receipt["tensors"]
         files = {receipt["file"]: receipt["facts"] for receipt in receipts}
         with (pending.scratch / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({**pending.head, "tensors": tensors, "files": files}, file, indent=1, allow_nan=False)
+            manifest = seal({**pending.head, "tensors": tensors, "files": files})
+            json.dump(manifest, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         for name, fact in files.items():

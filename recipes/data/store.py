@@ -1,8 +1,9 @@
 """Folders that are either complete or not there: built by one process, opened by all, rebuilt when damaged.
 
 An entry is written into a folder beside its place, synchronised and renamed. Its manifest lists every file with its
-size, so an entry that was cut short, by a full disk or by hand, is noticed. Ranks that start together build it once:
-a file lock lets one of them in, the others wait and then open what it has written.
+size and CRC-32 and has a checksum of its own, so an entry that was cut short or changed is noticed, and built again.
+Ranks that start together build it once: a file lock lets one of them in, the others wait and then open what it has
+written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from conf.errors import Problem, RequestError
+from recipes.checksums import crc32_of, is_sealed, seal
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -135,13 +137,16 @@ def _writable(root: Path) -> Iterator[None]:
 
 
 def _open(folder: Path) -> Entry | None:
-    """The entry, or None when it is not there or its files have other sizes than they were written with."""
+    """The entry, or None when it is not there or its files are not what was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        complete = is_sealed(manifest) and all(
+            (folder / name).stat().st_size == size and crc32_of(folder / name) == checksum
+            for name, (size, checksum) in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return Entry(folder, manifest["facts"], manifest.get("content") or _content(folder)) if complete else None
+    return Entry(folder, manifest["facts"], manifest["content"]) if complete else None
 
 
 def _content(folder: Path) -> str:
@@ -155,10 +160,11 @@ def _content(folder: Path) -> str:
 
 
 def _finish(folder: Path, facts: dict[str, Any], content: str) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    manifest = json.dumps({"files": files, "facts": facts, "content": content}, indent=2)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, crc32_of(path)) for path in paths}
+    manifest = json.dumps(seal({"files": files, "facts": facts, "content": content}), indent=2)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
+    for path in [*paths, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         synchronise(path)
 
 

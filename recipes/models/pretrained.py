@@ -18,6 +18,7 @@ from conf.schema import ModelConfig
 from conf.weight_files import SUFFIX, find_weights, names_of_weights, quantised, read_json, single_file
 from recipes import hub
 from recipes.base import Progress
+from recipes.checksums import check_sums
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +54,7 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     folder = folder / (model.subfolder or "")
     if model.gguf_file:
         return _from_gguf(folder, model.gguf_file, progress)
+    check_sums(folder)
     found = find_weights(folder, model.variant)
     if quantised(read_json(folder / "config.json")):
         return _dequantised(folder, found.files, model.variant, progress)

@@ -13,6 +13,7 @@ from conf.schema import Config
 from launch.runtime.checkpoint import FORMAT, all_of, newest, unfinished
 from launch.runtime.run_dir import RunDir
 from launch.runtime.saving import Saving
+from recipes.checksums import seal
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -20,7 +21,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     entry = folder / f"step_{step:08d}"
     entry.mkdir(parents=True)
     manifest = {"format": FORMAT, "step": step, "files": {}, "tensors": {}, "layout": {}, "config": {}}
-    (entry / "manifest.json").write_text(json.dumps(manifest))
+    (entry / "manifest.json").write_text(json.dumps(seal(manifest)))
     return entry
 
 

@@ -20,6 +20,7 @@ from conf.schema import Config
 from launch.runtime import resume
 from launch.runtime.state import SavedState
 from launch.runtime.tensor_file import digest_of
+from recipes.checksums import SEAL, seal
 
 CHECKPOINTS = ROOT / "launch" / "checkpoints.py"
 RUN = "runs/quickstart"
@@ -182,7 +183,8 @@ def test_a_pickle_is_never_opened(broken: Path) -> None:
     file, manifest = folder / "rank_00000.safetensors", json.loads((folder / "manifest.json").read_text())
     file.write_bytes(pickle.dumps(Trap()))
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest.pop(SEAL)
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
     found = resume.find(Config(resume=str(folder)), broken / RUN, lambda text: None)
     assert found is not None
     with pytest.raises(RequestError) as refused:

@@ -10,6 +10,7 @@ import pytest
 from commands import TRAIN, environment, launcher, run
 
 from conf.errors import RequestError
+from recipes.checksums import SEAL, seal
 from recipes.data import cache, encode
 from recipes.data.cache import prepare
 from recipes.data.changes import check_dropped, enough, lines, place_of, where
@@ -94,7 +95,8 @@ def test_a_cache_of_an_earlier_format_is_not_read(data, tokenizer, monkeypatch):
         manifest = json.loads(folder.read_text())
         for name in ("changes", "rows", "beyond", "first_beyond"):
             manifest["facts"].pop(name, None)
-        folder.write_text(json.dumps(manifest))
+        manifest.pop(SEAL)
+        folder.write_text(json.dumps(seal(manifest)))
     monkeypatch.undo()
     assert prepare(config, tokenizer, seed=0).report["changes"][0]["count"] == 2
 
