@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -165,13 +166,14 @@ def _safetensors(cfg: Config, folder: Path) -> Iterator[Problem]:
         found = find_weights(folder, cfg.model.variant)
         if not (folder / "config.json").is_file():
             rule = "this folder has weights but no config.json"
-            yield Problem("model.path", str(folder), rule, "add the config.json")
+            yield Problem("model.path", str(cfg.model.path), rule, "add the config.json")
             return
         quantised(read_json(folder / "config.json"))
         for file in found.files:
             header(file)
     except RequestError as error:
-        yield from error.problems
+        path = str(cfg.model.path)
+        yield from (replace(one, value=path) if one.key == "model.path" else one for one in error.problems)
     except OSError as error:
         yield Problem("model.path", str(folder), f"cannot be read: {error}", "a folder of a model that can be read")
 

@@ -76,7 +76,7 @@ def suite(folder: str) -> Part:
 
 
 PARTS = (
-    *(suite(f"tests/{room}") for room in ("conf", "recipes", "launch", "distributed", "faults", "notebooks")),
+    *(suite(f"tests/{room}") for room in ("conf", "recipes", "launch", "distributed", "faults", "golden", "notebooks")),
     Part("suite: the rest", "{python} -m pytest -q tests/support tests/mutations tests/test_contributing.py "
          "tests/test_documents.py", counted),
     Part("mutations", "{python} tests/mutations/run.py", found(r"\d+ of \d+ noticed")),

@@ -12,6 +12,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launch.runtime import interruption
 from launch.runtime.standard_streams import unbreakable
 
 TAIL_LINES = 20
@@ -38,6 +39,8 @@ class Terminal:
         sys.stdout.flush()
         sys.stderr.flush()
         self._log = log
+        if log.name.endswith(STARTING):
+            interruption.temporary.add(log)
         self._saved = (os.dup(1), os.dup(2))
         self._out = unbreakable(os.dup(self._saved[0]), sys.stdout, closes=True)
         self.error = unbreakable(os.dup(self._saved[1]), sys.stderr, closes=True)
@@ -51,6 +54,7 @@ class Terminal:
         """What was captured elsewhere until now takes the place of `log`, and goes on there."""
         if self._log is not None and self._log != log:
             self._log.replace(log)
+            interruption.temporary.discard(self._log)
             self._log = log
 
     def release(self) -> None:

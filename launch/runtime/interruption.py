@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (*STOPPING, signal.SIGUSR1)
@@ -23,7 +24,8 @@ TOGETHER_S = 2.0
 EARLY_S = 2.0
 """Before the first step nothing has to be kept: what a main thread that waits outside of Python is left."""
 
-
+temporary: set[Path] = set()
+"""Files of this process that nothing else removes where it is ended here (logs in another run's folder, perhaps)."""
 BEFORE_THE_FIRST_STEP = "stopped before the first step of this start"
 
 
@@ -139,4 +141,7 @@ class Wishes:
                     return
             except TimeoutError:
                 continue
-        os._exit(self._too_late() if self._looked_at else EXIT_CODE)
+        code = self._too_late() if self._looked_at else EXIT_CODE
+        for file in temporary:
+            file.unlink(missing_ok=True)
+        os._exit(code)

@@ -64,6 +64,9 @@ def test_chinese_questions_are_refused_by_an_english_encoder(tmp_path: Path, enc
     cfg.data.max_unreadable = 1.0
     recipe = prepared(cfg)
     assert "unreadable: " in recipe.said() and recipe.report["unreadable"][0]["count"] > 0
+    from transformers import AutoModelForQuestionAnswering
+
+    AutoModelForQuestionAnswering.from_pretrained(encoder.path).save_pretrained(encoder.path)  # a head to be judged
     finished = recipe_class(cfg.task)(cfg)
     cfg.data.max_unreadable, finished.finished = 0.5, True
     finished.prepare()  # what is only evaluated is said, not refused
