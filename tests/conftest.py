@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Generator
 
@@ -16,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # two workers side by side: benchmarks/README.md, "Threads that spin"
 # Where torch keeps what it compiles: one folder for the suite, which stays, or each private cache would compile again.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/torch_extensions_of_tests_{os.getuid()}")
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would rightly not hear it
 
 from support import pace, warm
 
