@@ -18,9 +18,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # two workers side by side: ben
 # Where torch keeps what it compiles: one folder for the suite, which stays, or each private cache would compile again.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{tempfile.gettempdir()}/torch_extensions_of_tests_{os.getuid()}")
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would rightly not hear it
-
 from support import pace, warm
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would rightly not hear it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
