@@ -1,4 +1,4 @@
-"""A model whose weights are in fp8: every layout begins at the values they stand for, and exports them as plain ones."""
+"""A model in fp8: every layout begins at the values that its weights stand for, and exports them as plain ones."""
 
 from __future__ import annotations
 
