@@ -11,10 +11,11 @@ from typing import Any, TypeGuard
 from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, RequestError, did_you_mean
+from conf.model_folder import check_folder
 from conf.rules_data import POSITIONS, nearest_path, sources
 from conf.rules_values import shown
 from conf.schema import Config
-from conf.weight_files import find_weights, header, quantised, read_json
+from conf.weight_files import find_weights
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -163,14 +164,12 @@ def _safetensors(cfg: Config, folder: Path) -> Iterator[Problem]:
         yield Problem("model.subfolder", shown(cfg.model.subfolder), f"{folder.parent} has no such folder", nearest)
         return
     try:
-        found = find_weights(folder, cfg.model.variant)
+        find_weights(folder, cfg.model.variant)
         if not (folder / "config.json").is_file():
             rule = "this folder has weights but no config.json"
             yield Problem("model.path", str(cfg.model.path), rule, "add the config.json")
             return
-        quantised(read_json(folder / "config.json"))
-        for file in found.files:
-            header(file)
+        check_folder(folder, cfg.model.variant)
     except RequestError as error:
         path = str(cfg.model.path)
         yield from (replace(one, value=path) if one.key == "model.path" else one for one in error.problems)

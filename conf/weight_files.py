@@ -7,6 +7,8 @@ what config.json names as `transformers_weights`, then the single file, then the
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,19 @@ LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 READ = ("fp8", "mxfp4")
 """Quantised weights that transformers turns into plain ones on any machine, without a further package."""
+PLAIN_COPY = (
+    "the model it was made of (often `base_model` in its README), or a plain copy: "
+    "AutoModelForCausalLM.from_pretrained(…).dequantize().save_pretrained(FOLDER) where its packages are"
+)
+AGAIN = "copy or download it again"
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+"""Of an element, by the names of safetensors 0.8."""
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name → (dtype, shape), as in a safetensors header."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,14 @@ def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
     elif (folder / index).is_file():
         names = _of_index(folder, index)
     else:
+        for name in (single, index, *there):
+            _refuse_dangling(folder / name)
         raise RequestError(_no_weights(folder, there, variant))
     for name in names:
+        _refuse_dangling(folder / name)
         if Path(name).name != name or not (folder / name).is_file():
             rule = f"its index names {name}, which is not there: it is not complete"
-            raise RequestError(Problem("model.path", str(folder), rule, "copy or download it again"))
+            raise RequestError(Problem("model.path", str(folder), rule, AGAIN))
     return WeightFiles(tuple(folder / name for name in names), tuple(name for name in there if name not in names))
 
 
@@ -72,42 +90,58 @@ def read_json(file: Path) -> dict[str, Any]:
     """An object in JSON; empty where the file is not there. Raises RequestError where it is something else."""
     if not file.is_file():
         return {}
+    content = file.read_bytes()
+    refuse_pointer(file)
+    if content.startswith(b"\xef\xbb\xbf"):
+        rule = "begins with a byte order mark, with which transformers does not read it"
+        raise RequestError(Problem(str(file), "", rule, "save it as UTF-8 without one"))
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         rule = f"is no JSON ({error}); a page of the web, or half a download?"
-        raise RequestError(Problem(str(file), "", rule, "copy or download it again")) from None
+        raise RequestError(Problem(str(file), "", rule, AGAIN)) from None
     if not isinstance(found, dict):
-        raise RequestError(Problem(str(file), "", "holds no JSON object", "copy or download it again"))
+        raise RequestError(Problem(str(file), "", "holds no JSON object", AGAIN))
     return found
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises RequestError where Git LFS has left its pointer in the place of a file."""
+    with file.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            rule = "is a pointer of Git LFS, not the file itself"
+            raise RequestError(Problem(str(file), "", rule, f"`git lfs pull` in {file.parent}, or download it again"))
 
 
 def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name → (dtype, shape) of the tensors in a safetensors file, checked against the file's size.
 
-    Raises RequestError for what is no whole safetensors file.
+    Raises RequestError for what is no whole safetensors file, as the library would once training has begun.
     """
     size = file.stat().st_size
-    again = "copy or download it again"
+    refuse_pointer(file)
     with file.open("rb") as stream:
         start = stream.read(8)
-        if start + stream.read(len(POINTER) - 8) == POINTER:
-            rule = "is a pointer of Git LFS, not the weights"
-            raise RequestError(Problem(str(file), "", rule, "`git lfs pull` in that folder"))
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise RequestError(Problem(str(file), "", "is no whole safetensors file", again))
-        stream.seek(8)
+            raise RequestError(Problem(str(file), "", "is no whole safetensors file", AGAIN))
         try:
             found = json.loads(stream.read(length))
             tensors = {name: entry for name, entry in found.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
             shapes = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in tensors.items()}
+            places = sorted((*map(int, entry["data_offsets"]), name) for name, entry in tensors.items())
+            end = 0
+            for begin, after, name in places:
+                kind, shape = shapes[name]
+                bits = BITS[kind] * math.prod(shape)
+                if begin != end or min(shape, default=0) < 0 or bits != 8 * (after - begin):
+                    raise ValueError(name)
+                end = after
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise RequestError(Problem(str(file), "", "is no safetensors file: its header is broken", again)) from None
+            raise RequestError(Problem(str(file), "", "is no safetensors file: its header is broken", AGAIN)) from None
     if 8 + length + end != size:
         rule = f"has {size:,} bytes, its header wants {8 + length + end:,}: it is not complete"
-        raise RequestError(Problem(str(file), "", rule, again))
+        raise RequestError(Problem(str(file), "", rule, AGAIN))
     return shapes
 
 
@@ -116,17 +150,26 @@ def quantised(config: dict[str, Any]) -> str | None:
 
     Raises RequestError for a kind that cannot be read here.
     """
-    settings = config.get("quantization_config") or config.get("compression_config")
-    if not isinstance(settings, dict):
+    own = [config.get("quantization_config"), config.get("compression_config")]
+    parts = [part.get("quantization_config") for part in config.values() if isinstance(part, dict)]
+    settings = next((found for found in (*own, *parts) if found), None)
+    if settings is None:
         return None
-    method = str(settings.get("quant_method") or "unknown")
-    if method in READ:
-        return method
+    method = str(settings.get("quant_method") or "unknown") if isinstance(settings, dict) else str(settings)
     rule = "weights of this kind cannot be turned into plain ones here"
+    if method in READ and isinstance(settings, dict):
+        if settings in own:
+            return method
+        rule = "transformers does not read the weights of a part of a model (text_config, …) as quantised"
     rule += f" (what can: {', '.join(READ)}, and GGUF files by model.gguf_file)"
-    nearest = "the model it was made of (often `base_model` in its README), or a plain copy: "
-    nearest += "AutoModelForCausalLM.from_pretrained(…).dequantize().save_pretrained(FOLDER) where its packages are"
-    raise RequestError(Problem("quantization_config.quant_method", method, rule, nearest))
+    raise RequestError(Problem("quantization_config.quant_method", method, rule, PLAIN_COPY))
+
+
+def _refuse_dangling(file: Path) -> None:
+    if file.is_symlink() and not file.exists():
+        rule = f"is a link to {file.readlink()}, which is not there"
+        nearest = "copy the folder again with what its links lead to (cp -rL), or download it again"
+        raise RequestError(Problem(str(file), "", rule, nearest))
 
 
 def _with(name: str, variant: str | None) -> str:
@@ -138,7 +181,7 @@ def _of_index(folder: Path, name: str) -> list[str]:
     listed = read_json(folder / name).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         rule = "lists no files of weights (weight_map)"
-        raise RequestError(Problem(str(folder / name), "", rule, "copy or download it again"))
+        raise RequestError(Problem(str(folder / name), "", rule, AGAIN))
     return sorted({str(file) for file in listed.values()})
 
 
@@ -146,9 +189,10 @@ def _no_weights(folder: Path, there: list[str], variant: str | None) -> Problem:
     """Why there are none, and what to do instead."""
     path = str(folder)
     if (folder / ADAPTER).is_file():
-        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "its base model"
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path") or "BASE"
         rule = f"is an adapter (PEFT) of {base}, not a model"
-        nearest = "merge it first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW)"
+        nearest = f"merge it first: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "
+        nearest += f"{path!r}).merge_and_unload().save_pretrained('merged')"
         return Problem("model.path", path, rule, nearest)
     variants = [name.split(".")[1] for name in there if name.startswith("model.") and name.count(".") == 2]
     variants += [file.name.split(".")[3] for file in folder.glob("model.safetensors.index.*.json")]

@@ -46,7 +46,7 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "Quantised weights are read with their scales, or refused before the start",
         "values against the formats' definition",
-        ("recipes/models/test_weight_files.py",),
+        ("recipes/models/test_weight_files.py", "recipes/models/test_model_folder.py", "launch/test_quantised.py"),
     ),
     (
         "What a model's own forward adds to the loss counts, or is refused",

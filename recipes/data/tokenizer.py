@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from conf.errors import Problem, RequestError
+from conf.model_folder import check_whole
 from recipes import hub
 from recipes.data.network import offline_without_network
 
@@ -77,6 +78,8 @@ def load_tokenizer(path: str, key: str = "model.tokenizer", revision: str | None
     except RequestError:
         raise
     except Exception as error:  # it raises anything, by what the files lack and the kind of tokenizer
+        if Path(path).is_dir():
+            check_whole(Path(path))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(path).is_dir():
             files = ", ".join(sorted(entry.name for entry in Path(path).iterdir())[:8]) or "nothing"

@@ -163,14 +163,16 @@ def check_text(
     """
     text = config.get_text_config()
     problems = []
-    if len(tokenizer) > text.vocab_size:
-        rule = f"the tokenizer has {len(tokenizer)} tokens, more than the embedding has rows"
+    # By the largest id, not their number: ids may have gaps, and an id without a row is an error amid training.
+    rows = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if rows > text.vocab_size:
+        rule = f"the tokenizer has ids up to {rows - 1}, more than the embedding has rows"
         key, value = "model.config.vocab_size", str(text.vocab_size)
-        nearest = f"model.config.vocab_size={-(-len(tokenizer) // 64) * 64} or a tokenizer of that size"
+        nearest = f"model.config.vocab_size={-(-rows // 64) * 64} or a tokenizer of that size"
         if pretrained is not None:
             key, value, rule = "model.path", pretrained, f"{rule} ({text.vocab_size})"
             nearest = "model.tokenizer=null where its own is in model.path, else the one that it was trained with, "
-            nearest += "or a copy made larger: model.resize_token_embeddings(len(tokenizer)), save_pretrained(FOLDER)"
+            nearest += f"or a copy made larger: model.resize_token_embeddings({rows}), save_pretrained(FOLDER)"
         problems.append(Problem(key, value, rule, nearest))
     positions = getattr(text, "max_position_embeddings", None)
     if positions and text.model_type in OFFSET_POSITIONS:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
+from conf.model_folder import check_folder
 from conf.schema import ModelConfig
 from conf.weight_files import SUFFIX, find_weights, names_of_weights, quantised, read_json, single_file
 from recipes import hub
@@ -55,7 +56,7 @@ def local_folder(model: ModelConfig, progress: Progress | None = None) -> Path:
     if model.gguf_file:
         return _from_gguf(folder, model.gguf_file, progress)
     check_sums(folder)
-    found = find_weights(folder, model.variant)
+    found = check_folder(folder, model.variant)
     if quantised(read_json(folder / "config.json")):
         return _dequantised(folder, found.files, model.variant, progress)
     return folder

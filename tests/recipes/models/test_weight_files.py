@@ -152,7 +152,7 @@ def broken(folder: Path, what: str) -> None:
     [
         ("half a download", "it is not complete", "copy or download it again"),
         ("nothing", "is no whole safetensors file", "copy or download it again"),
-        ("a pointer", "is a pointer of Git LFS", "`git lfs pull`"),
+        ("a pointer", "is a pointer of Git LFS", "git lfs pull"),
         ("a page", "is no JSON", "copy or download it again"),
         ("a header of exabytes", "is no whole safetensors file", "copy or download it again"),
         ("a header of nothing", "its header is broken", "copy or download it again"),
@@ -252,7 +252,7 @@ def test_a_tokenizer_larger_than_the_embedding(saved: Path) -> None:
     tokenizer = train_tokenizer(["a b c"] * 4, 260)
     model = LlamaForCausalLM.from_pretrained(saved)
     (problem,) = check_text(model.config, tokenizer, 8, str(saved))
-    assert problem.key == "model.path" and "resize_token_embeddings(len(tokenizer))" in problem.nearest
+    assert problem.key == "model.path" and f"resize_token_embeddings({len(tokenizer)})" in problem.nearest
     model.resize_token_embeddings(len(tokenizer))
     assert check_text(model.config, tokenizer, 8, str(saved)) == []
     (problem,) = check_text(LlamaConfig(**SIZE), tokenizer, 8)
