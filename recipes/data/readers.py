@@ -227,7 +227,7 @@ def _parquet(path: Path, form: FileFormat, fields: Fields, problems: Problems, m
             meter.done = start + size * number // max(file.metadata.num_rows, 1)
     except BrokenFileError as error:
         problems.add(error.problem(path))
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         problems.add(Problem(str(path), "", f"the parquet file is damaged after row {number} ({_first_line(error)})"))
 
 
@@ -243,7 +243,7 @@ def _open_parquet(path: Path, form: FileFormat, problems: Problems) -> Any:
     except BrokenFileError as error:
         problems.add(error.problem(path))
         return None
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no text
         problems.add(Problem(str(path), "", f"not a readable parquet file ({_first_line(error)})"))
         return None
 
