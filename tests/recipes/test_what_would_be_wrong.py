@@ -469,5 +469,7 @@ def test_a_marian_model_has_a_tokenizer_for_each_side(tmp_path: Path) -> None:
     assert row["labels"].tolist() == target and target[-1] == 0 and 1 not in target
     recipe.save_processor(tmp_path / "saved")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(RequestError, match=r"a pickle, which is never opened \(pytorch_model\.bin\)"):
+    with pytest.raises(
+        RequestError, match=r"pickled weights only, which can run code and are never loaded \(pytorch_model\.bin\)"
+    ):
         local_folder(cfg.model)
