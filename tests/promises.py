@@ -94,6 +94,21 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("distributed/test_rendezvous.py",),
     ),
     (
+        "No file ends a reader in anything but a refusal, soon and within bounds",
+        "a corpus of hostile files over all readers, and tokenizers",
+        ("recipes/data/test_hostile_files.py",),
+    ),
+    (
+        "A byte that changed is noticed: checkpoints, cache, exported models",
+        "each byte flipped (each thirteenth; all by `make test-all`)",
+        ("faults/test_every_byte.py",),
+    ),
+    (
+        "A write that fails leaves the earlier file, and whole lines",
+        "failures and short writes at each operation of the module that writes them",
+        ("recipes/test_durable.py",),
+    ),
+    (
         "A signal in any phase loses nothing that docs/signals.md says is kept",
         "the table, executed",
         ("faults/test_signals.py", "launch/test_interruption.py"),

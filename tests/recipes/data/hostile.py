@@ -126,3 +126,24 @@ def corpus() -> Iterator[tuple[str, str, bytes | Callable[[Path], object]]]:
     for kind in KINDS:
         yield from ((kind, name, content) for name, content in {**ANY, **OWN.get(kind, {})}.items())
         yield from ((kind, name, make) for name, make in PLACES.items())
+
+
+def _tokenizer(**changes: object) -> bytes:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "unk_token": None}
+    whole = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+             "decoder": None, "model": model}  # fmt: skip
+    return json.dumps({**whole, **changes}).encode()
+
+
+TOKENIZERS: dict[str, bytes] = {
+    **{name: content for name, content in ANY.items() if "gzip" not in name and "xz" not in name},
+    "as deep as a well": b"[" * DEEP,
+    "no model": _tokenizer(model=None),
+    "a negative number": _tokenizer(model={"type": "BPE", "vocab": {"a": -1}, "merges": []}),
+    "a number beyond all": _tokenizer(model={"type": "BPE", "vocab": {"a": 2**70}, "merges": []}),
+    "merges of nothing": _tokenizer(model={"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}),
+    "words in no vocabulary": _tokenizer(model={"type": "WordPiece", "vocab": {}, "unk_token": "[UNK]"}),
+    "a kind of tomorrow": _tokenizer(model={"type": "Tomorrow"}),
+    "a pattern that is none": _tokenizer(normalizer={"type": "Replace", "pattern": {"Regex": "(a*)*$("}, "content": "b"}),
+}  # fmt: skip
+"""In the place of tokenizer.json."""

@@ -13,6 +13,7 @@ import pytest
 from conf.compose import compose
 from conf.errors import RequestError
 from recipes import recipe_class
+from recipes.data.tokenizer import load_tokenizer
 
 SECONDS, BYTES = 5.0, 1 << 30
 REQUESTS: dict[str, tuple[str, ...]] = {
@@ -59,6 +60,16 @@ def test_it_is_refused(case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not says or str(folder.parent) in says or "data" in says
     assert time.monotonic() - started < SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
+
+
+@pytest.mark.parametrize("name", hostile.TOKENIZERS)
+def test_no_tokenizer_is_made_of_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(hostile.TOKENIZERS[name])
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    started = time.monotonic()
+    with pytest.raises(RequestError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+    assert time.monotonic() - started < SECONDS and not Path("hacked").exists()
 
 
 def test_there_are_enough_of_them() -> None:
