@@ -220,7 +220,12 @@ def main(argv: list[str]) -> int:
     if not float(options["minutes"]):
         publish(write_tables(out) if out.is_dir() else report([]), "")
         return 0
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.jsonl").open("a", encoding="utf-8").close()
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        raise RequestError(Problem("out", str(out), rule, "out=gpu_results")) from None
     command = " ".join(["python benchmarks/gpu.py", *(w for w in argv if w.partition("=")[0] not in ("out", "data"))])
     facts = journal.facts(options["device"], options["size"], command)
     journal.append(out / "gpu.jsonl", facts)

@@ -286,7 +286,12 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     request = read(argv)
-    with tempfile.TemporaryDirectory(dir=request.out.absolute().parent, prefix=".wheelhouse_") as folder:
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=request.out.absolute().parent, prefix=".wheelhouse_")
+    except OSError as error:
+        rule = f"nothing can be written beside it ({error.strerror})"
+        raise RequestError(Problem("out", str(request.out), rule, "out=wheelhouse")) from None
+    with scratch as folder:
         made = Path(folder) / "wheels"
         made.mkdir()
         house = House(request, made)

@@ -127,3 +127,13 @@ def test_without_a_network_nothing_is_half_made(tmp_path: Path) -> None:
     done = run([sys.executable, ROOT / "launch" / "wheelhouse.py", "skip=torch"], tmp_path, env, cold=True)
     assert done.returncode == 2 and "deepspeed" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] in ([], ["cache"])
+
+
+def test_a_place_that_cannot_be_written_is_named() -> None:
+    """Before anything is fetched or measured; /proc takes no folder, of root's neither."""
+    from benchmarks import gpu
+    from launch import wheelhouse
+
+    for main, words in ((wheelhouse.main, ["out=/proc/x"]), (gpu.main, ["out=/proc/x", "device=cpu", "size=tiny"])):
+        with pytest.raises(RequestError, match="out=/proc/x: .*written"):
+            main(words)
