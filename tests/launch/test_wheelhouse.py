@@ -135,5 +135,5 @@ def test_a_place_that_cannot_be_written_is_named() -> None:
     from launch import wheelhouse
 
     for main, words in ((wheelhouse.main, ["out=/proc/x"]), (gpu.main, ["out=/proc/x", "device=cpu", "size=tiny"])):
-        with pytest.raises(RequestError, match="out=/proc/x: .*written"):
+        with pytest.raises(RequestError, match=r"out=/proc/x: .*written"):
             main(words)
