@@ -58,7 +58,7 @@ def by_hand(cfg: Config, recipe: Any, device: Any) -> tuple[Any, Any]:
     from conf.batch import Layout
     from launch.runtime.engine import parameter_groups
 
-    model = whole_model(Job(cfg, recipe, Layout(1, 1), device, 0, 0), "fp32").train()
+    model = whole_model(Job(cfg, recipe, Layout(1, 1), device, 0, 0), "fp32").eval()
     optimizer = cfg.optimizer
     settings = {"betas": tuple(optimizer.betas), "eps": optimizer.eps} if optimizer.betas and optimizer.eps else {}
     groups = parameter_groups(model, optimizer.weight_decay)
@@ -87,6 +87,7 @@ def measured(overrides: list[str], steps: int) -> dict[str, Any]:
     model, optimizer = by_hand(cfg, recipe, device)
     plain = copy.copy(recipe)
     plain.adopt(model)
+    model.train()
     engine = make_engine(recipe, cfg, layout, ds_config(cfg, layout, "cpu"), device, WARM + steps)
     engine.evaluate = lambda batches: type("", (), {"metrics": {"loss": 0.0}, "predictions": []})()  # type: ignore
     times: dict[str, list[float]] = {"ours": [], "arithmetic": [], "by_hand": []}

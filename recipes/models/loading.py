@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from conf.errors import Problem, RequestError
 from conf.weight_files import header
@@ -60,7 +61,8 @@ def compare(model: PreTrainedModel, files: tuple[Path, ...]) -> Differences:
         name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
         for name, (dtype, shape) in shapes.items()
     }
-    found, _ = convert_and_load_state_dict_in_model(model, tensors, _settings(model, torch.device("meta")))
+    with _quiet():
+        found, _ = convert_and_load_state_dict_in_model(model, tensors, _settings(model, torch.device("meta")))
     model._adjust_missing_and_unexpected_keys(found)
     mismatched = {name for name, *_ in found.mismatched_keys}
     parameters = {name for name, _ in model.named_parameters()}
@@ -77,7 +79,7 @@ def fill(model: PreTrainedModel, files: tuple[Path, ...], device: torch.device, 
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
     settings = _settings(model, device)
     waiting, mismatched = set(marks), list[str]()
-    with ExitStack() as stack:
+    with _quiet(), ExitStack() as stack:
         for group in _by_layer(files, stack):
             found, _ = convert_and_load_state_dict_in_model(model, group, settings)
             mismatched += [name for name, *_ in found.mismatched_keys]
@@ -106,6 +108,18 @@ def listed(names: list[str] | tuple[str, ...]) -> str:
     """Some of the names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers 5.23 draws a bar for each call, which here is each layer, and for what only compares names."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _settings(model: PreTrainedModel, device: torch.device) -> LoadStateDictConfig:

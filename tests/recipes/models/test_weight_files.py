@@ -77,6 +77,14 @@ def test_the_index_chooses_its_files(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
+def test_no_bar_is_drawn_for_each_layer(saved: Path, sharded: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    weights_of(saved, sharded)
+    check_weights(on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE)), saved, None, new_head=False)
+    assert "Loading weights" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
 def test_a_variant(saved: Path, sharded: bool) -> None:
     model = LlamaForCausalLM.from_pretrained(saved)
     shutil.rmtree(saved)
