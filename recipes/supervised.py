@@ -378,7 +378,7 @@ class Supervised(Recipe):
 
     def said(self) -> str | None:
         said = lines(self.report["changes"]) + readable.lines(self.report["unreadable"])
-        return "\n".join(["; ".join(self.remarks()), *said])
+        return "\n".join(["; ".join(self.remarks()), *self.notes, *said])
 
     def remarks(self) -> list[str]:
         """What is said of the rows in one line."""

@@ -77,6 +77,7 @@ def test_questions_that_it_can_read_are_not(tmp_path: Path, encoder: ModelConfig
     rows = [question("who noticed it", "this was described by Ann first", "Ann")] * 12
     recipe = prepared(of_pretrained(tmp_path, encoder, "question_answering", rows))
     assert recipe.report["unreadable"] == [] and "unreadable" not in recipe.said()
+    assert "new in the model, its weights lack it: qa_outputs.bias, qa_outputs.weight" in recipe.said()
 
 
 def test_answers_that_no_span_of_tokens_is(tmp_path: Path, encoder: ModelConfig) -> None:
