@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from conf.errors import Problem, RequestError
+from conf.weight_files import find_weights
 from recipes import hub
 from recipes.checksums import SUMS, write_sums
 
@@ -111,10 +112,10 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
 
     Raises RequestError when `source` holds no model, or values that `dtype` cannot hold.
     """
-    files = sorted(source.glob("*.safetensors"))
-    if not files or not (source / "config.json").exists():
+    if not (source / "config.json").exists():
         rule = "holds no exported model (config.json and *.safetensors)"
         raise RequestError(Problem("MODEL", str(source), rule, "RUN_DIR/model of a finished run"))
+    files = find_weights(source).files
     sizes: dict[str, int] = {}
     where: dict[str, Path] = {}
     for file in files:
