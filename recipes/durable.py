@@ -18,7 +18,7 @@ def replace_text(path: Path, text: str) -> None:
     except OSError:
         scratch.unlink(missing_ok=True)  # on a full disk its bytes are needed
         raise
-    synchronise_folder(path.parent)
+    synchronise(path.parent)
 
 
 def append_lines(path: Path, text: str) -> None:
@@ -44,9 +44,9 @@ def append_lines(path: Path, text: str) -> None:
         os.close(descriptor)
 
 
-def synchronise_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def synchronise(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

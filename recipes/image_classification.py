@@ -127,6 +127,8 @@ class ImageClassification(Supervised):
 
         path = self.cfg.model.path
         source = path and (package_folder(path) or path)
+        if source and self.cfg.model.subfolder and Path(source).is_dir():
+            source = Path(source) / self.cfg.model.subfolder
         data, model = self.cfg.data, self.cfg.model
         return ImageProcessor.of_model(source, config, path or str(model.type), data.image_size, model.revision).shape
 

@@ -140,7 +140,7 @@ class Saving:
 
     def _publish(self, pending: _Pending, receipts: list[Receipt]) -> None:
         from recipes.checksums import seal
-        from recipes.data.store import synchronise
+        from recipes.durable import synchronise
 
         tensors: dict[str, Any] = {}
         for receipt in receipts:

@@ -23,6 +23,7 @@ import numpy as np
 
 from conf.errors import Problem, RequestError
 from recipes.checksums import crc32_of, is_sealed, seal
+from recipes.durable import synchronise
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -166,12 +167,3 @@ def _finish(folder: Path, facts: dict[str, Any], content: str) -> None:
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
     for path in [*paths, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         synchronise(path)
-
-
-def synchronise(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
