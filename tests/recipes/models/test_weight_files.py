@@ -265,3 +265,21 @@ def test_a_tokenizer_larger_than_the_embedding(saved: Path) -> None:
     assert check_text(model.config, tokenizer, 8, str(saved)) == []
     (problem,) = check_text(LlamaConfig(**SIZE), tokenizer, 8)
     assert problem.nearest.startswith("model.config.vocab_size=")
+
+
+def test_a_folder_inside(saved: Path) -> None:
+    """`model.subfolder` says where in a path the model is: for the checks, the loader and the plan's configuration."""
+    model = ModelConfig(path=str(saved.parent), subfolder=saved.name)
+    assert local_folder(model) == saved
+    assert pretrained_config(model).to_dict()["hidden_size"] == SIZE["hidden_size"], "as the plan reads it"
+    words = ["+recipe=quickstart", "model=pretrained", f"model.path={saved.parent}"]
+    assert compose([*words, f"model.subfolder={saved.name}"], 1).model.subfolder == saved.name
+    for wrong, key, nearest in (
+        ([*words, "model.subfolder=modle"], "model.subfolder", f"model.subfolder={saved.name}"),
+        (["+recipe=quickstart", "model.subfolder=x"], "model.subfolder", "model.path=FOLDER"),
+        (["+recipe=quickstart", "model.variant=fp16"], "model.variant", "model.path=FOLDER"),
+    ):
+        with pytest.raises(RequestError) as refused:
+            compose(wrong, 1)
+        (problem,) = refused.value.problems
+        assert (problem.key, problem.nearest) == (key, nearest)
