@@ -31,6 +31,7 @@ from benchmarks.report import publish, run
 from conf.environment import detect
 from conf.errors import Problem, RequestError, did_you_mean
 from launch.runtime.request import split_arguments
+from recipes.durable import replace_text
 
 OWN = {"out": "", "minutes": "8", "only": "", "data": "", "device": "auto", "size": "full"}
 ENDING_S = 3.0
@@ -153,9 +154,7 @@ class Benchmark:
 def write_tables(out: Path) -> list[str]:
     """gpu.md out of gpu.jsonl, in one piece."""
     lines = report(journal.starts(journal.read(out / "gpu.jsonl")))
-    beside = out / ".gpu.md"
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    beside.replace(out / "gpu.md")
+    replace_text(out / "gpu.md", "\n".join(lines) + "\n")
     return lines
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from conf.errors import RequestError
+from recipes.durable import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +77,7 @@ def publish(lines: list[str], out: str) -> None:
     text = "\n".join(lines)
     print(text)
     if out:
-        Path(out).write_text(text + "\n", encoding="utf-8")
+        replace_text(Path(out), text + "\n")
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:

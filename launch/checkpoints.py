@@ -8,7 +8,6 @@ damaged.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from conf.errors import Problem, RequestError, did_you_mean
 from launch.runtime.checkpoint import MANIFEST, Checkpoint, all_of, newest, unfinished
 from launch.runtime.request import run_command, split_arguments
+from recipes import durable
 
 COMMAND = "launch/checkpoints.py"
 USAGE = f"{COMMAND} RUN_DIR [verify=true] [keep=N] [export=DIR [step=N]]"
@@ -58,11 +58,11 @@ def main(argv: list[str]) -> int:
         gone = keep is not None and not damage and whole > keep
         print(_line(entry, found) + (", deleted" if gone else "") + "".join(f"\n  damaged: {what}" for what in damage))
         if gone:
-            shutil.rmtree(entry)
+            durable.remove(entry)
     for left in unfinished(folder):
         print(f"{left.name}  not finished" + (", deleted" if keep is not None else ""))
         if keep is not None:
-            shutil.rmtree(left)
+            durable.remove(left)
     return 1 if damaged else 0
 
 

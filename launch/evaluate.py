@@ -28,6 +28,7 @@ from conf.schema import DataConfig
 from launch.runtime.console import Terminal
 from launch.runtime.request import read_request, run_command
 from launch.runtime.standard_streams import RULE, missing, unbreakable
+from recipes.durable import replace_text
 
 COMMAND = "launch/evaluate.py"
 ROWS = ("kind", "path", "name", "subset", "split", "revision", "target_path")
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> int:
     from launch.runtime.ds_config import ds_config
     from launch.runtime.loop import held_out_batches
     from launch.runtime.out_of_memory import DeviceMemoryError, Phase, explaining
+    from launch.runtime.run_dir import json_lines
     from launch.runtime.session import prepare
     from launch.runtime.staged import make_engine
     from recipes.base import Recipe
@@ -110,8 +112,12 @@ def main(argv: list[str]) -> int:
         logs.cleanup()
     if ranks.first:
         if out is not None:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-            out.write_text("".join(lines), encoding="utf-8")
+            try:
+                replace_text(out, json_lines(evaluation.predictions))
+            except OSError as error:
+                raise RequestError(
+                    Problem("out", str(out), f"cannot be written: {error.strerror}", "out=FILE elsewhere")
+                ) from None
         print(json.dumps(evaluation.metrics), file=answer, flush=True)
         if (failure := missing(answer)) is not None:
             print(f"error: standard output {RULE}: {failure.strerror}", file=sys.stderr)

@@ -39,17 +39,25 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         from conf.errors import RequestError
         from launch.runtime.out_of_memory import DeviceMemoryError
+        from launch.runtime.run_dir import DiskError
+        from recipes.durable import told
 
         if isinstance(error, RequestError):
             raise
-        traceback.print_exc()  # to this rank's log
-        if isinstance(error, DeviceMemoryError):
+        if terminal.captured or not isinstance(error, OSError):
+            traceback.print_exc()  # to this rank's log
+        if isinstance(error, (DeviceMemoryError, DiskError)):
             if not ranks.first:  # rank 0 says the same, where it had no memory either; then this one is ended
                 time.sleep(OTHERS_FIRST_S)
-            terminal.error.write(f"{error}\n")
+            mark = "error: " if isinstance(error, DiskError) else ""
+            terminal.error.write(f"{mark}{error}\n")
             terminal.error.flush()
         elif _caused_by_another_rank(error):
             time.sleep(OTHERS_FIRST_S)
+        elif isinstance(error, OSError) and error.filename:  # a disk's: nothing in the log explains it
+            rule = f"{told(error)}; resume=auto goes on from the last checkpoint"
+            terminal.error.write(f"error: rank {ranks.rank}: {rule}\n")
+            terminal.error.flush()
         else:
             terminal.error.write(f"{terminal.tail()}error: rank {ranks.rank}: {type(error).__name__}: {error}\n")
             terminal.error.flush()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import email.parser
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from packaging.utils import canonicalize_name
 
 from conf.errors import Problem, RequestError
 from launch.runtime.request import run_command, split_arguments
+from recipes.durable import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python launch/wheelhouse.py"
@@ -297,9 +297,7 @@ def main(argv: list[str]) -> int:
         house = House(request, made)
         house.fill()
         total = sum(file.stat().st_size for file in made.iterdir())
-        if request.out.exists():
-            shutil.rmtree(request.out)
-        made.rename(request.out)  # nothing half-made is ever there
+        publish(made, request.out)  # nothing half-made is ever there
     for name, why in sorted(house.left_out.items()):
         print(f"left out      {name}: {why}")
     print(f"{len(house.wheels)} wheels, {total / MIB:.1f} MiB, in {request.out}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError
+from recipes.durable import replace_text
 
 SEAL = "checksum"
 SUMS = "SHA256SUMS"
@@ -42,7 +43,7 @@ def write_sums(folder: Path) -> None:
     """Write SHA256SUMS of all files of a folder, folders below included."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    replace_text(folder / SUMS, "".join(lines))
 
 
 def check_sums(folder: Path) -> None:

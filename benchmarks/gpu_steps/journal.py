@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import ROOT, commit, processor
+from recipes.durable import append_lines, synchronise
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "accelerate", "numpy", "liger-kernel", "flash-attn")
@@ -28,13 +28,8 @@ SAME = ("commit", "files", "device", "size")
 
 def append(file: Path, row: Row) -> None:
     """Add one row; on the disk when this returns."""
-    line = (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    append_lines(file, json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    synchronise(file)
 
 
 def read(file: Path) -> list[Row]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from conf.errors import Problem, RequestError
 from recipes.checksums import is_sealed
+from recipes.durable import SCRATCH
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -103,7 +104,8 @@ def step_of(entry: Path) -> int:
 
 def unfinished(folder: Path) -> list[Path]:
     """What saves left behind that never came to their end."""
-    return [entry for entry in sorted(folder.glob(f".{PREFIX}*.tmp")) if NAME.fullmatch(entry.name[1:-4])]
+    left = sorted(folder.glob(f".{PREFIX}*{SCRATCH}"))
+    return [entry for entry in left if NAME.fullmatch(entry.name[1 : -len(SCRATCH)])]
 
 
 def newest(folder: Path, say: Any = lambda text: None) -> Checkpoint | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 NOT_SHOWN = ("step", "split", "loss", "eval_s")
@@ -16,14 +15,14 @@ def others(row: dict[str, Any]) -> str:
     )
 
 
-def closing(summary: dict[str, Any], loss_png: Path) -> str:
-    """The last words of a run. loss_png: the curve."""
+def closing(summary: dict[str, Any], curve: str) -> str:
+    """The last words of a run. curve: where its picture is, or why it is not."""
     before, after, kept = summary["held_out_before"], summary["held_out"], summary["kept_at_step"]
     lines = [
         "",
         f"held-out loss {before['loss']:.4f} -> {after['loss']:.4f}{others(after)}"
         f"   ({summary['tokens']:,} {summary['unit']} in {summary['train_s']:.0f} s)",
-        f"curve  {loss_png}",
+        f"curve  {curve}",
         f"model  {summary['model']}" + (f"   (of step {kept}, the best)" if kept != summary["steps"] else ""),
     ]
     if summary["sample"] is not None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from launch.runtime import interruption
 from launch.runtime.standard_streams import unbreakable
+from recipes import durable
 
 TAIL_LINES = 20
 LINE_EVERY_S = 10.0
@@ -38,13 +39,13 @@ class Terminal:
         """Send all that this process prints from now on (C code included) to `log`, but for what is said here."""
         sys.stdout.flush()
         sys.stderr.flush()
+        target = durable.log(log)  # first: where that fails, nothing has changed
         self._log = log
         if log.name.endswith(STARTING):
             interruption.temporary.add(log)
         self._saved = (os.dup(1), os.dup(2))
         self._out = unbreakable(os.dup(self._saved[0]), sys.stdout, closes=True)
         self.error = unbreakable(os.dup(self._saved[1]), sys.stderr, closes=True)
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)
         os.close(target)
@@ -53,7 +54,7 @@ class Terminal:
     def log_is(self, log: Path) -> None:
         """What was captured elsewhere until now takes the place of `log`, and goes on there."""
         if self._log is not None and self._log != log:
-            self._log.replace(log)
+            durable.move(self._log, log)
             interruption.temporary.discard(self._log)
             self._log = log
 
@@ -69,9 +70,14 @@ class Terminal:
         self._out.close()
         self.error.close()
         if self._log is not None and self._log.name.endswith(STARTING):  # another run's folder, perhaps
-            self._log.unlink(missing_ok=True)
+            durable.remove(self._log)
         self._saved, self._out, self.error = None, sys.stdout, sys.stderr
         self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
+
+    @property
+    def captured(self) -> bool:
+        """Whether what this process prints goes to its log."""
+        return self._saved is not None
 
     def say(self, text: str = "") -> None:
         self.console.print(text, markup=False)

@@ -34,6 +34,8 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from recipes.durable import replace_text
+
 Node = dict[str, Any]
 """types: JSON types of the value · keys: sub-keys of an object (absent: any) · choices, min, max, above, below ·
 deprecated: the key that replaces it."""
@@ -250,4 +252,4 @@ def as_text(schema: Node) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(as_text(engine_schema()), encoding="utf-8")
+    replace_text(FILE, as_text(engine_schema()))

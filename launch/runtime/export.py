@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from conf.errors import Problem, RequestError
 from conf.weight_files import find_weights
-from recipes import hub
+from launch.runtime.tensor_file import reading, write_tensors
+from recipes import durable, hub
 from recipes.checksums import SUMS, write_sums
 
 if TYPE_CHECKING:
@@ -35,23 +33,24 @@ Tensors = dict[str, torch.Tensor]
 
 def export(
     engine: Engine, recipe: Recipe, folder: Path, first: bool, shard_bytes: int = SHARD_BYTES,
-    check: Callable[[], object] = lambda: None,
+    check: Callable[[], object] = lambda: None, ready: Callable[[], object] = lambda: None,
 ) -> OSError | None:  # fmt: skip
     """Write the engine's model to `folder` so that `from_pretrained` loads it. A collective call; rank 0 writes.
 
     Returns, on rank 0, why it could not be written; what was there before is there still then. And when `check` raises,
-    which all ranks call together before each shard.
+    which all ranks call together before each shard. ready: rank 0 calls it before the folder takes its place; may raise
+    OSError, too.
 
     Parameters are gathered one at a time. The folder appears whole, by a rename, or not at all. Weights are in the
     dtype that training computed with, under the names that the family's checkpoints on the hub have.
     """
     stream, sizes = engine.stream(), engine.tensors()
     try:
-        _write_model(engine.module, recipe, stream, sizes, folder, first, shard_bytes, check)
+        _write_model(engine.module, recipe, stream, sizes, folder, first, shard_bytes, check, ready)
     except BaseException as error:
         stream.close()  # on every rank: the last parameter it gathered is released
         if first:
-            shutil.rmtree(_scratch(folder), ignore_errors=True)
+            durable.remove(durable.beside(folder))
         if not isinstance(error, OSError):
             raise
         return error
@@ -89,6 +88,7 @@ def export_saved(saved: SavedState, recipe: Recipe, folder: Path, shard_bytes: i
 def _write_model(
     model: PreTrainedModel, recipe: Recipe, stream: Iterator[tuple[str, torch.Tensor]], sizes: dict[str, int],
     folder: Path, first: bool, shard_bytes: int, check: Callable[[], object] = lambda: None,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -100,6 +100,7 @@ def _write_model(
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(scratch)
         recipe.save_processor(scratch)
+        ready()
 
     def rename(held: Tensors) -> Tensors:
         return revert_weight_conversion(model, held)
@@ -119,7 +120,7 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
     sizes: dict[str, int] = {}
     where: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with reading(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 view = tensors.get_slice(name)
                 element = torch.empty(0, dtype=dtype).element_size() if dtype else 4
@@ -128,7 +129,7 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         for name, file in where.items():
-            with safe_open(file, framework="pt") as tensors:
+            with reading(file) as tensors:
                 value = tensors.get_tensor(name)
             yield name, cast(name, value) if dtype is not None and value.is_floating_point() else value
 
@@ -146,12 +147,12 @@ def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: 
         if dtype is not None:
             config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
             config["dtype"] = str(dtype).removeprefix("torch.")
-            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            durable.replace_text(scratch / "config.json", json.dumps(config, indent=2) + "\n")
 
     try:
         _write(stream(), sizes, folder, describe, lambda held: held, True, shard_bytes)
     except BaseException:
-        shutil.rmtree(_scratch(folder), ignore_errors=True)
+        durable.remove(durable.beside(folder))
         raise
 
 
@@ -170,7 +171,7 @@ def _write(
     Raises the first OSError once everything has come: the other ranks send, and check, to the end.
     """
     plan = _shards(sizes, shard_bytes)
-    scratch = _scratch(folder)
+    scratch = durable.beside(folder)
     index: dict[str, str] = {}
     total = 0
     problem: OSError | None = None
@@ -184,27 +185,24 @@ def _write(
             problem = error
 
     def begin() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        durable.remove(scratch)
+        durable.make_folder(scratch)
 
     def write(file: str, held: Tensors) -> None:
         nonlocal total
         held = {name: value.contiguous() for name, value in rename(held).items()}
-        save_file(held, scratch / file, metadata={"format": "pt"})
-        (scratch / file).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        described = {name: (value.dtype, value.shape) for name, value in held.items()}
+        write_tensors(scratch / file, described, held.values(), metadata={"format": "pt"})
         index.update(dict.fromkeys(held, file))
         total += sum(value.nbytes for value in held.values())
 
     def finish() -> None:
         if len(plan) > 1:
             listing = {"metadata": {"total_size": total}, "weight_map": index}
-            (scratch / "model.safetensors.index.json").write_text(
-                json.dumps(listing, indent=2) + "\n", encoding="utf-8"
-            )
+            durable.replace_text(scratch / "model.safetensors.index.json", json.dumps(listing, indent=2) + "\n")
         describe(scratch)
         write_sums(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
+        durable.publish(scratch, folder)
 
     attempt(begin)
     for number, names in enumerate(plan, 1):
@@ -222,17 +220,6 @@ def _write(
     attempt(finish)
     if problem is not None:
         raise problem
-
-
-def _scratch(folder: Path) -> Path:
-    """Where a model is written until it is whole."""
-    return folder.with_name(f".{folder.name}.tmp")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from recipes import durable
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (*STOPPING, signal.SIGUSR1)
 EXIT_CODE = 75
@@ -143,5 +145,5 @@ class Wishes:
                 continue
         code = self._too_late() if self._looked_at else EXIT_CODE
         for file in temporary:
-            file.unlink(missing_ok=True)
+            durable.remove(file)
         os._exit(code)

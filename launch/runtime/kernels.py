@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conf.schema import Config
+from recipes import durable
 
 OFFLOADED = {
     "adamw": "CPUAdamBuilder", "adam": "CPUAdamBuilder", "muon": "CPUAdamBuilder", "lion": "CPULionBuilder",
@@ -56,10 +57,10 @@ def build(name: str) -> None:
     if builder is None or not builder.is_compatible(verbose=False):
         return  # the engine says why, where it needs it
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    root.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(root)
     with FileLock(root / "deepspeed_recipes.lock"):
         for stale in root.glob(f"**/{builder.name}/lock"):
-            stale.unlink(missing_ok=True)
+            durable.remove(stale)
         with no_compiler_left():
             builder.load(verbose=False)
 

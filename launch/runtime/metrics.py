@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,9 +11,53 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
-from recipes.durable import append_lines, replace_text
+from recipes.durable import append_lines, replace_text, synchronise
 
 Row = dict[str, Any]
+
+
+class Lines:
+    """A file of whole lines; what cannot be written now (a full disk, a folder that went away) waits in memory."""
+
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None):
+        self.path, self._say = path, say
+        self.waiting: list[str] = []
+        """Lines that are not in the file yet; all of them where `stale`."""
+        self.stale = self._failed = False
+        """stale: what is in the file no longer counts."""
+
+    def hold(self, lines: list[str]) -> None:
+        """Let the file hold these lines and no others."""
+        self.waiting, self.stale = lines, True
+        self.write()
+
+    def add(self, line: str) -> None:
+        self.waiting.append(line)
+        self.write()
+
+    def write(self) -> bool:
+        """Write what waits. False: not yet, which is said once."""
+        try:
+            self._write()
+        except OSError as error:
+            if not self._failed:
+                self._say(f"{self.path} cannot be written for now ({error.strerror}); training goes on")
+            self._failed = True
+        return not self._failed
+
+    def settle(self) -> None:
+        """Write what waits, all of it to the disk. Raises OSError."""
+        self._write()
+        if self.path.exists():
+            synchronise(self.path)
+
+    def _write(self) -> None:
+        if self.stale:
+            replace_text(self.path, "".join(self.waiting))
+        elif self.waiting:
+            # Opened for each row: the file may be gone.
+            append_lines(self.path, "".join(self.waiting))
+        self.waiting, self.stale, self._failed = [], False, False
 
 
 class Tracker(ABC):
@@ -86,38 +131,46 @@ class Csv(Tracker):
     """metrics.csv with the training rows and evaluations.csv with the others, for spreadsheets."""
 
     def __init__(self, run_dir: Path, cfg: Config, config: dict[str, Any]):
-        self._files = {
-            name: (run_dir / f"{name}.csv").open("w", newline="", encoding="utf-8")
-            for name in ("metrics", "evaluations")
-        }
-        self._writers: dict[str, csv.DictWriter] = {}
+        self._files = {name: Lines(run_dir / f"{name}.csv") for name in ("metrics", "evaluations")}
+        self._columns: dict[str, list[str]] = {}
 
     def begin(self, rows: list[Row]) -> None:
-        self._writers.clear()
-        for file in self._files.values():
-            file.seek(0)
-            file.truncate()
+        self._columns.clear()
+        lines: dict[str, list[str]] = {name: [] for name in self._files}
         for row in rows:
-            self.log(row)
+            lines[_file_of(row)] += self._lines(row)
+        for name, file in self._files.items():
+            file.hold(lines[name])
 
     def log(self, row: Row) -> None:
-        name = "evaluations" if "split" in row else "metrics"
-        if name not in self._writers:
-            self._writers[name] = csv.DictWriter(self._files[name], list(row), extrasaction="ignore")
-            self._writers[name].writeheader()
-        self._writers[name].writerow(row)
-        self._files[name].flush()
+        for line in self._lines(row):
+            self._files[_file_of(row)].add(line)
+
+    def _lines(self, row: Row) -> list[str]:
+        """A row, behind the names of the columns where it is the first."""
+        name, text = _file_of(row), io.StringIO()
+        columns = self._columns.setdefault(name, [])
+        writer = csv.DictWriter(text, columns or list(row), extrasaction="ignore")
+        if not columns:
+            columns.extend(row)
+            writer.writeheader()
+        writer.writerow(row)
+        return text.getvalue().splitlines(keepends=True)
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            file.settle()
+
+
+def _file_of(row: Row) -> str:
+    return "evaluations" if "split" in row else "metrics"
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "csv": Csv}
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl (each on disk before the next step) and hands them to the trackers.
+    """Appends rows to metrics.jsonl (each in the file before the next step) and hands them to the trackers.
 
     A full disk, or a folder that went away, does not end the run: rows wait in memory, and are written when they can.
     """
@@ -126,79 +179,61 @@ class MetricsLog:
         self, path: Path, trackers: list[Tracker], rows: int = 0, step: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
-        """rows, step: as of `cut`."""
-        self._path, self._trackers, self._say = path, trackers, say
-        self._waiting: list[str] = []
-        # stale: the file has rows that were cut, and could not be written since; all that counts waits in memory.
-        self._stale = self._failed = False
-        self._cut(rows, step)
+        """rows, step: as of `cut`, which may raise."""
+        self._lines, self._trackers, self._say = Lines(path, say), trackers, say
+        self.cut(rows, step)
 
     def cut(self, rows: int, step: int) -> None:
         """Drop what came behind the first `rows` rows, and behind a step; half a line, left by a crash, is none.
 
-        The log may have fewer rows than the run: those before are in another directory's, or gone.
+        The log may have fewer rows than the run: those before are in another directory's, or gone. Raises OSError where
+        it cannot be read.
         """
-        try:
-            self._cut(rows, step)
-        except OSError as error:
-            self._failure(error)
-
-    def _cut(self, rows: int, step: int) -> None:
-        lines = (
-            self._path.read_text(encoding="utf-8").splitlines(keepends=True) if rows and self._path.is_file() else []
-        )
-        lines = ([] if self._stale else [line for line in lines if line.endswith("\n")]) + self._waiting
-        self._waiting = [line for line in lines[:rows] if json.loads(line)["step"] <= step]
-        self._stale = True
-        for tracker in list(self._trackers):
-            try:
-                tracker.begin([json.loads(line) for line in self._waiting])
-            except OSError as error:
-                self._give_up(tracker, error)
-        self._replace()
-
-    def _replace(self) -> None:
-        """Put the rows that wait in the place of those in the file."""
-        replace_text(self._path, "".join(self._waiting))
-        self._waiting, self._stale, self._failed = [], False, False
+        there: list[tuple[str, Row | None]] = []
+        if rows and not self._lines.stale and self._lines.path.is_file():
+            there = read_rows(self._lines.path)
+        there += [(line, json.loads(line)) for line in self._lines.waiting]
+        kept = []
+        for number, (line, row) in enumerate(there[:rows], 1):
+            if row is None:
+                self._say(f"{self._lines.path}:{number} is no row of metrics, and is left out: {line[:60]!r}")
+            elif row["step"] <= step:
+                kept.append((line, row))
+        self._lines.hold([line for line, _ in kept])
+        self._each(lambda tracker: tracker.begin([row for _, row in kept]))
 
     def log(self, row: Row) -> None:
         """Write a row. The trackers get it in any case."""
-        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
-        self._write()
-        for tracker in list(self._trackers):
-            try:
-                tracker.log(row)
-            except OSError as error:
-                self._give_up(tracker, error)
+        self._lines.add(json.dumps(row, allow_nan=False) + "\n")
+        self._each(lambda tracker: tracker.log(row))
 
-    def _write(self) -> None:
-        try:
-            if self._stale:
-                self._replace()
-                return
-            # Opened for each row: the file may be gone.
-            append_lines(self._path, "".join(self._waiting))
-            self._waiting.clear()
-            self._failed = False
-        except OSError as error:
-            self._failure(error)
-
-    def _failure(self, error: OSError) -> None:
-        if not self._failed:
-            self._say(f"metrics cannot be written for now ({self._path}: {error.strerror}); training goes on")
-        self._failed = True
-
-    def _give_up(self, tracker: Tracker, error: OSError) -> None:
-        self._say(f"{type(tracker).__name__} cannot write any more ({error}); training goes on without it")
-        self._trackers.remove(tracker)
+    def settle(self) -> None:
+        """Bring all rows to the disk. Raises OSError."""
+        self._lines.settle()
 
     def close(self) -> None:
         """Write what still waits, and close the trackers."""
-        if self._waiting:
-            self._write()
+        self._lines.write()
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                tracker.close()
+                action(tracker)
             except OSError as error:
-                self._give_up(tracker, error)
+                self._say(f"{type(tracker).__name__} cannot write any more ({error}); training goes on without it")
+                self._trackers.remove(tracker)
+
+
+def read_rows(path: Path) -> list[tuple[str, Row | None]]:
+    """The whole lines of a log, with the row that each is; None for one that is damaged. Raises OSError."""
+    found: list[tuple[str, Row | None]] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        text, row = line.decode("utf-8", "replace") + "\n", None
+        try:
+            row = json.loads(text)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            row = None
+        found.append((text, row))
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError
-from recipes import counted
+from recipes import counted, durable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +162,8 @@ def _figure(out: Path, size: tuple[float, float], grid: tuple[int, int], draw: C
         for one in figure.axes:
             one.grid(alpha=0.25)
             one.spines[["top", "right"]].set_visible(False)
-        figure.savefig(out, dpi=140)
+        with durable.replacing(out) as scratch:
+            figure.savefig(scratch, dpi=140)
     except OSError as error:
         raise RequestError(Problem("out", str(out), f"cannot be written: {error.strerror or error}")) from error
     return out

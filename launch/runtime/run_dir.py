@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ from filelock import FileLock, Timeout
 from conf.errors import Problem, RequestError
 from conf.rules_run import RUN_FILES, RUN_FOLDERS
 from launch.runtime.checkpoint import all_of, unfinished
-from recipes.durable import append_lines, replace_text
+from recipes import durable
 
 PROBE_BYTES = 1 << 20
+
+
+class DiskError(Exception):
+    """What a run cannot be without could not be written; a message for a person, the same on all ranks."""
 
 
 class RunDir:
@@ -33,7 +37,7 @@ class RunDir:
     def create(self) -> None:
         """Make the folder and show that it can be written. Raises RequestError (run_dir) where it cannot."""
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(self.logs)
             _write_probe(self.logs / f".probe.{os.getpid()}")  # one per rank: all of them try, at the same time
         except OSError as error:
             rule = f"cannot be written: {error.strerror}"
@@ -45,14 +49,18 @@ class RunDir:
         What a user has put among the checkpoints stays.
         """
         for name in RUN_FILES:
-            (self.path / name).unlink(missing_ok=True)
+            durable.remove(self.path / name)
         for name in RUN_FOLDERS:
             if name not in ("logs", "checkpoints"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+                durable.remove(self.path / name)
         for entry in [*(entry for entry, _ in all_of(self.checkpoints)), *unfinished(self.checkpoints)]:
-            shutil.rmtree(entry, ignore_errors=True)
+            durable.remove(entry)
         with contextlib.suppress(OSError):
             self.checkpoints.rmdir()
+        # Else a loss of power might bring back what a resume would take for this run's.
+        for folder in (self.checkpoints, self.path):
+            if folder.is_dir():
+                durable.synchronise(folder)
 
     def claim(self, ranks: int) -> None:
         """Keep this folder for this process, until it ends, and remove logs of ranks that this run does not have.
@@ -65,35 +73,38 @@ class RunDir:
             rule = "another run is at work in it"
             raise RequestError(Problem("run_dir", str(self.path), rule, f"run_dir={self.path}-2")) from None
         for note in self.logs.glob("stall_*"):  # of an earlier run; another rank's watchdog must not meet them
-            note.unlink(missing_ok=True)
+            durable.remove(note)
         for log in self.logs.glob("rank_*.log"):
             if log.stem[5:].isdigit() and int(log.stem[5:]) >= ranks:
-                log.unlink()
+                durable.remove(log)
 
     def leave(self) -> None:
         """Let other runs have this folder."""
         self._lock.release()
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        self.write(name, json.dumps(value, indent=2) + "\n")
 
     def append_json(self, name: str, row: Any) -> None:
         """Add a line to a small file of them."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        append_lines(self.path / name, json.dumps(row) + "\n")
+        durable.make_folder(self.path)
+        durable.append_lines(self.path / name, json.dumps(row) + "\n")
 
-    def write_text(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)  # it may be gone, hours after the start
-        replace_text(self.path / name, text)
+        durable.make_folder(self.path)  # it may be gone, hours after the start
+        durable.replace_text(self.path / name, text)
+
+
+def json_lines(rows: Iterable[Any]) -> str:
+    """A text with one line for each row."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_probe(path: Path) -> None:
     """Write and remove a small file; raises OSError where that fails, and leaves nothing behind."""
     try:
-        with path.open("wb") as file:
+        with durable.new_file(path) as file:
             file.write(b"\0" * PROBE_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
     finally:
-        path.unlink(missing_ok=True)
+        durable.remove(path)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.runtime.checkpoint import FORMAT, MANIFEST, NAME, PREFIX, all_of, read, unfinished
+from recipes import durable
 
 if TYPE_CHECKING:
     from launch.runtime.engine import Engine
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 FIRST_RETRY_S, LAST_RETRY_S = 5.0, 300.0
 """After a save that failed, the next is tried this much later; twice as long each time, up to the last."""
-
-REPLACED = ".old"
-"""Ends the name of a checkpoint while another one of the same step takes its place."""
 
 Receipt = dict[str, Any]
 """What a rank says of its part: {"file", "facts", "tensors"}, or {"problem"}."""
@@ -54,19 +50,16 @@ class Saving:
         """The step of the last checkpoint in the folder that this run stands on: published, or resumed."""
         self.published = False
         """Whether this process has published one."""
+        self.before_publishing: Callable[[], None] = lambda: None
+        """Brings to the disk what a resume reads besides; rank 0. Raises OSError, and then nothing is published."""
 
     def sweep(self) -> None:
         """Remove what an earlier run began and never finished; rank 0, before any rank looks for checkpoints."""
         for left in unfinished(self.folder):
-            shutil.rmtree(left, ignore_errors=True)
-        for old in self.folder.glob(f".{PREFIX}*{REPLACED}"):
-            whole = self.folder / old.name[1 : -len(REPLACED)]
-            if not NAME.fullmatch(whole.name):
-                continue  # not ours
-            if whole.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                old.rename(whole)
+            durable.remove(left)
+        for whole in durable.replaced(self.folder, f"{PREFIX}*"):
+            if NAME.fullmatch(whole.name):  # else not ours
+                durable.recover(whole)
 
     @property
     def busy(self) -> bool:
@@ -90,7 +83,7 @@ class Saving:
         from launch.runtime.state import described, facts, own_tensors
 
         self.finish()
-        scratch = self.folder / f".{PREFIX}{step:08d}.tmp"
+        scratch = durable.beside(self.folder / f"{PREFIX}{step:08d}")
         snapshot = Snapshot(own_tensors(engine))
         head = {**self._head(engine, step, progress, dist.get_world_size()), "value": value, "state": facts(engine)}
         pending = _Pending(scratch, head, described(engine), snapshot, dist.get_rank())
@@ -118,7 +111,7 @@ class Saving:
         if dist.get_rank() == 0:
             answer = {"problem": problems[0]} if problems else _attempt(lambda: self._publish(pending, receipts))
             if "problem" in answer:
-                shutil.rmtree(pending.scratch, ignore_errors=True)
+                durable.remove(pending.scratch)
         problem = _agreed(answer)[0].get("problem")
         if problem:
             self._failures, self._failed_at = self._failures + 1, time.monotonic()
@@ -140,28 +133,19 @@ class Saving:
 
     def _publish(self, pending: _Pending, receipts: list[Receipt]) -> None:
         from recipes.checksums import seal
-        from recipes.durable import synchronise
 
         tensors: dict[str, Any] = {}
         for receipt in receipts:
             tensors |= receipt["tensors"]
         files = {receipt["file"]: receipt["facts"] for receipt in receipts}
-        with (pending.scratch / MANIFEST).open("w", encoding="utf-8") as file:
-            manifest = seal({**pending.head, "tensors": tensors, "files": files})
-            json.dump(manifest, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
+        manifest = seal({**pending.head, "tensors": tensors, "files": files})
+        durable.replace_text(pending.scratch / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
         for name, fact in files.items():
             if (pending.scratch / name).stat().st_size != fact["bytes"]:
                 raise OSError(0, "is not whole on this machine: all machines need one run_dir", name)
-        synchronise(pending.scratch)
+        self.before_publishing()
         target = self.folder / pending.scratch.stem[1:]
-        before = target.with_name(f".{target.name}{REPLACED}")
-        if target.exists():  # the same step again, after a resume from before it
-            target.rename(before)
-        pending.scratch.rename(target)
-        synchronise(self.folder)
-        shutil.rmtree(before, ignore_errors=True)
+        durable.publish(pending.scratch, target)
         self._prune(target)
 
     def _prune(self, newest: Path) -> None:
@@ -175,7 +159,7 @@ class Saving:
             valued = [(value, entry) for entry in earlier if (value := _value(entry, metric)) is not None]
             best = [entry for _, entry in sorted(valued, reverse=True)[: self._keep_best]]
         for old in [*later, *(entry for entry in earlier[self._keep :] if entry not in best)]:
-            shutil.rmtree(old, ignore_errors=True)
+            durable.remove(old)
 
 
 class _Pending:
@@ -199,7 +183,7 @@ class _Pending:
     def _write(self) -> Receipt:
         from launch.runtime.tensor_file import digest_of, write_tensors
 
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.scratch)
         file = self.scratch / f"rank_{self._rank:05d}.safetensors"
         digest = write_tensors(file, self._snapshot.described, self._snapshot.values())
         if digest_of(file) != digest:
@@ -212,7 +196,7 @@ def _attempt(action: Callable[[], Receipt | None]) -> Receipt:
     try:
         return action() or {}
     except OSError as error:
-        return {"problem": f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")}
+        return {"problem": durable.told(error)}
 
 
 def _agreed(mine: Receipt) -> list[Receipt]:

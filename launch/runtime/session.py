@@ -19,11 +19,11 @@ from launch.runtime import parents, processes
 from launch.runtime.closing import closing, others
 from launch.runtime.console import STARTING, Bar, Terminal
 from launch.runtime.ds_config import ds_config
-from launch.runtime.metrics import TRACKERS, MetricsLog
+from launch.runtime.metrics import TRACKERS, MetricsLog, read_rows
 from launch.runtime.request import Request
-from launch.runtime.run_dir import RunDir
+from launch.runtime.run_dir import DiskError, RunDir, json_lines
 from launch.runtime.watchdog import Watchdog
-from recipes import counted, hub, recipe_class
+from recipes import counted, durable, hub, recipe_class
 from recipes.base import Prediction, Recipe
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def _train(
     saving = Saving(run_dir.checkpoints, cfg.checkpoint.keep, cfg.checkpoint.keep_best, asdict(cfg), data, terminal.say)
     if first:
         saving.sweep()
+        durable.recover(run_dir.model)
     found = _resumed(request, run_dir, data, terminal)
     phase.doing = "building the model and the engine"
     engine = phase.engine = make_engine(recipe, cfg, layout, engine_config, device, steps)
@@ -182,10 +183,12 @@ def _train(
     if first:  # nothing is refused from here on: an earlier run may go
         if cfg.overwrite and cfg.resume is None:
             run_dir.clear()
-        run_dir.write_text("config.yaml", to_yaml(cfg))
+        run_dir.write("config.yaml", to_yaml(cfg))
         run_dir.write_json("ds_config.json", engine_config)
     trackers = [TRACKERS[name](run_dir.path, cfg, asdict(cfg)) for name in cfg.track.to] if first else []
     metrics = MetricsLog(run_dir.metrics, trackers, progress.rows, progress.step, terminal.say) if first else None
+    if metrics is not None:
+        saving.before_publishing = metrics.settle
     bar, unit = Bar(terminal, "training", steps), counted(cfg)
 
     def beat(doing: str) -> None:
@@ -215,17 +218,20 @@ def _train(
                 terminal.say(f"bad_steps.jsonl cannot be written: {error}")
 
     def keep(evaluation: Evaluation) -> None:
-        problem = export(engine, recipe, run_dir.model, first, check=lambda: caretaker.look("the export"))
+        # The row of its evaluation first: by the rows a resume knows of which step the model is.
+        settled = metrics.settle if metrics is not None else lambda: None
+        look = lambda: caretaker.look("the export")  # noqa: E731
+        problem = export(engine, recipe, run_dir.model, first, check=look, ready=settled)
         if engine.any_of(problem is not None)[0]:
-            terminal.say(f"step {progress.step}: the model could not be written: {problem}")
+            what = f"the model could not be written: {durable.told(problem) if problem else 'see rank 0'}"
             if progress.step == steps:
-                raise RuntimeError(f"the model could not be written: {problem}; resume=auto tries again")
+                raise DiskError(f"{what}; resume=auto tries again")
+            terminal.say(f"step {progress.step}: {what}")
             progress.best = None  # the next evaluation is the best again
             return
         predictions[:] = evaluation.predictions
         if first and predictions:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
-            run_dir.write_text("predictions.jsonl", "".join(lines))
+            run_dir.write("predictions.jsonl", json_lines(predictions))
 
     def run_on() -> loop.Progress:
         return loop.run(
@@ -262,7 +268,8 @@ def _train(
             metrics.close()
     if first and not predictions and (run_dir.path / "predictions.jsonl").is_file():
         # Of the model that was kept before this run was resumed.
-        predictions = [json.loads(line) for line in (run_dir.path / "predictions.jsonl").open(encoding="utf-8")]
+        text = (run_dir.path / "predictions.jsonl").read_text(encoding="utf-8")
+        predictions = [json.loads(line) for line in text.split("\n") if line]
     summary = {
         "name": cfg.name,
         "steps": outcome.step,
@@ -279,15 +286,19 @@ def _train(
         "changes": recipe.report.get("changes", []),
         "unreadable": recipe.report.get("unreadable", []),
     }
-    if first:
+    if metrics is not None:
         beat("the summary")
-        loss_png = plot_loss(run_dir.path)
+        metrics.settle()
         details = recipe.details(predictions) if predictions else {}
         run_dir.write_json("summary.json", {**summary, "sample": None, **details})
         beat(THROUGH)
+        try:
+            curve = str(plot_loss(run_dir.path))
+        except RequestError as error:
+            curve = f"not drawn: {error}"
         summary["sample"] = recipe.sample(run_dir.model)
         run_dir.write_json("summary.json", {**summary, **details})
-        terminal.say(closing(summary, loss_png))
+        terminal.say(closing(summary, curve))
     return summary
 
 
@@ -296,8 +307,7 @@ def _kept(metrics: Path, cfg: Config, recipe: Recipe) -> int | None:
     name = cfg.eval.metric
     if name is None or not metrics.is_file():
         return None
-    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    rows = [row for row in map(json.loads, whole) if "split" in row and name in row]
+    rows = [row for _, row in read_rows(metrics) if row is not None and "split" in row and name in row]
     sign = 1 if recipe.METRICS[name] == "max" else -1
     return int(max(rows, key=lambda row: sign * row[name])["step"]) if rows else None
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from conf.errors import Problem, RequestError
 from launch.runtime.engine import persistent_buffers
 from launch.runtime.fragments import MASTER, STEP, fragments, prepare_state, replay_powers, states
+from launch.runtime.tensor_file import reading
 from recipes.models.tensor_parallel import Cut
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ class SavedState:
         self._stretches: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
         for file in files:
             try:
-                with safe_open(file, framework="pt") as content:
+                with reading(file) as content:
                     keys = list(content.keys())
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise RequestError(Problem("resume", str(file), f"is no safetensors file: {error}")) from None
             for key in keys:
                 name, kind, rank, start = key.rsplit(SEPARATOR, 3)
@@ -124,7 +125,7 @@ class SavedState:
             numel = torch.Size(shape_of_share).numel()
             flat, filled = None, 0
             for _, start, file, key in sorted(s for s in self._stretches.get((name, kind), ()) if s[0] == rank):
-                with safe_open(file, framework="pt") as content:
+                with reading(file) as content:
                     value = content.get_tensor(key)
                 flat = torch.empty(numel, dtype=value.dtype) if flat is None else flat
                 flat[start : start + value.numel()] = value
@@ -145,7 +146,7 @@ class SavedState:
                        for owner, _, file, key in stretches if owner == rank)  # fmt: skip
         states = []
         for _, file, key in found:
-            with safe_open(file, framework="pt") as content:
+            with reading(file) as content:
                 states.append(content.get_tensor(key))
         return states
 

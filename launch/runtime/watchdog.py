@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.runtime.parents import Launcher
+from recipes import durable
 
 POLL_S = 1.0
 PATIENCE_S = 5.0
@@ -110,10 +111,8 @@ class Watchdog:
 
     def _end(self) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            scratch = self._file(self._rank).with_suffix(".tmp")
-            scratch.write_text(json.dumps(asdict(self._note())), encoding="utf-8")
-            scratch.replace(self._file(self._rank))
+            durable.make_folder(self._folder)
+            durable.replace_text(self._file(self._rank), json.dumps(asdict(self._note())))
             end = time.monotonic() + PATIENCE_S
             while time.monotonic() < end and not all(map(self._is_there, range(self._world))):
                 time.sleep(POLL_S / 4)

@@ -29,6 +29,7 @@ from recipes.data.rows import Meter, Problems, Row, column_keys, fills_up
 from recipes.data.sources import Source, open_sources
 from recipes.data.store import ROWS, ArrayWriter, Entry, default_cache_dir, entry, writing
 from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
+from recipes.durable import new_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -326,7 +327,8 @@ def _packed(root: Path, store: Entry, split: str, data: DataConfig, progress: Pr
         packing = asdict(pack(tokens, data.seq_length, data.packing, cuttable=plain))
         with writing(folder):
             for name, dtype in arrays.items():
-                packing[name].astype(dtype).tofile(folder / name)
+                with new_file(folder / name) as file:
+                    file.write(packing[name].astype(dtype).data)
         progress(tokens.documents, tokens.documents, "packing")
         return {name: packing[name] for name in counts}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError, did_you_mean
-from recipes import hub
+from recipes import durable, hub
 from recipes.data.network import offline_without_network
 from recipes.data.readers import Record, good_rows
 from recipes.data.rows import Meter, Problems, Row, missing_columns
@@ -101,7 +101,7 @@ class HubSource(Source):
     def _check_cache(self, cache: Path) -> None:
         """`datasets` writes each set down in its own format before a row is read."""
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            durable.make_folder(cache)
             if not os.access(cache, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from conf.errors import Problem, RequestError
+from recipes import durable
 from recipes.checksums import crc32_of, is_sealed, seal
-from recipes.durable import synchronise
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
@@ -53,7 +52,8 @@ class ArrayWriter:
     """Writes a flat array in parts, without ever holding it."""
 
     def __init__(self, path: Path, dtype: str):
-        self.file, self.dtype, self.count = path.open("wb"), np.dtype(dtype), 0
+        self._stack = ExitStack()
+        self.file, self.dtype, self.count = self._stack.enter_context(durable.new_file(path)), np.dtype(dtype), 0
 
     def append(self, values: np.ndarray) -> None:
         """Add (n,) values; they are converted to the dtype of the array."""
@@ -61,7 +61,7 @@ class ArrayWriter:
         self.count += len(values)
 
     def close(self) -> None:
-        self.file.close()
+        self._stack.close()
 
 
 def default_cache_dir() -> Path:
@@ -86,7 +86,7 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
         nearest = "data.cache_dir=FOLDER of your own, or one that is shared with umask 002"
         raise RequestError(Problem("data.cache_dir", str(folder), rule, nearest))
     with _writable(root):
-        root.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(root)
         lock = FileLock(root / f"{name}.lock")
         lock.acquire()
     try:
@@ -95,7 +95,7 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
             return found
         with _writable(root):
             for stale in [folder, *root.glob(f"{PARTIAL}{name}-*")]:
-                shutil.rmtree(stale, ignore_errors=True)
+                durable.remove(stale)
             partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{name}-", dir=root))
         try:
             facts = build(partial)
@@ -103,10 +103,9 @@ def entry(root: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Ent
                 share(partial)
                 content = _content(partial)
                 _finish(partial, facts, content)
-                os.replace(partial, folder)
-                synchronise(root)
+                durable.publish(partial, folder)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            durable.remove(partial)
             raise
     finally:
         lock.release()
@@ -164,6 +163,4 @@ def _finish(folder: Path, facts: dict[str, Any], content: str) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): (path.stat().st_size, crc32_of(path)) for path in paths}
     manifest = json.dumps(seal({"files": files, "facts": facts, "content": content}), indent=2)
-    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
-    for path in [*paths, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        synchronise(path)
+    durable.replace_text(folder / MANIFEST, manifest)

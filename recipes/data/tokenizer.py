@@ -17,6 +17,7 @@ from conf.errors import Problem, RequestError
 from conf.model_folder import check_whole
 from recipes import hub
 from recipes.data.network import offline_without_network
+from recipes.durable import replace_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -156,7 +157,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         return
     file = Path(folder) / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     if not reads():
         raise RuntimeError(f"{type(tokenizer).__name__}: what was saved in {folder} reads texts otherwise")
 

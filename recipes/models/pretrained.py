@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from conf.errors import Problem, RequestError
 from conf.model_folder import check_folder
 from conf.schema import ModelConfig
 from conf.weight_files import SUFFIX, find_weights, names_of_weights, quantised, read_json, single_file
-from recipes import hub
+from recipes import durable, hub
 from recipes.base import Progress
 from recipes.checksums import check_sums
 
@@ -139,15 +139,22 @@ def _dequantised(folder: Path, files: Sequence[Path], variant: str | None, progr
     words = [hub.DEQUANTISE, str(folder), variant or ""]
     method = quantised(read_json(folder / "config.json"))
     problem = Problem("quantization_config.quant_method", str(method), "its weights cannot be turned into plain ones")
-    target = _converted(f"{folder.name}-{key}", words, f"{method} weights", problem, progress)
-    for file in folder.iterdir():
-        if file.is_file() and not file.name.endswith((SUFFIX, ".index.json")) and not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
-    return target
+
+    def go_along(target: Path) -> None:
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.endswith((SUFFIX, ".index.json")) and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+
+    return _converted(f"{folder.name}-{key}", words, f"{method} weights", problem, progress, go_along)
 
 
-def _converted(name: str, words: Sequence[str], what: str, problem: Problem, progress: Progress | None) -> Path:
+def _converted(
+    name: str, words: Sequence[str], what: str, problem: Problem, progress: Progress | None,
+    finish: Callable[[Path], None] = lambda target: None,
+) -> Path:  # fmt: skip
     """The folder `name` of the cache, which a script makes where it is not there: words are its source and arguments.
+
+    finish: adds to what the script has made.
 
     In a process of its own: converting takes the whole model in memory, which no rank ever does under ZeRO-3.
     Raises RequestError: `problem` with the script's reason.
@@ -157,7 +164,7 @@ def _converted(name: str, words: Sequence[str], what: str, problem: Problem, pro
     from recipes.data.store import default_cache_dir, share
 
     target = default_cache_dir() / "models" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(target.parent)
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return target
@@ -171,10 +178,11 @@ def _converted(name: str, words: Sequence[str], what: str, problem: Problem, pro
         )  # fmt: skip
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            shutil.rmtree(scratch, ignore_errors=True)
+            durable.remove(scratch)
             raise RequestError(replace(problem, rule=f"{problem.rule}: {reason}"))
+        finish(scratch)
         share(scratch)
-        scratch.rename(target)
+        durable.publish(scratch, target)
         if progress:
             progress(1, 1, f"converting {what}")
     return target

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from disk import Disk, arm, server
 from support.server import Line
 from support.warm import FULL, look_again, rank_environment, wait_for, write_to
 
@@ -162,8 +163,9 @@ class Fault:
 
 
 def _rank(
-    rank: int, port: int, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None
-) -> None:
+    rank: int, port: int, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None,
+    disk: Disk | None,
+) -> None:  # fmt: skip
     """One rank, from its first moment to its exit code."""
     code = 1
     try:
@@ -181,6 +183,8 @@ def _rank(
                 _before(*_places()[fault.phase], functools.partial(_act, fault, folder), fault.at)
         if poisoned is not None:
             _poison(poisoned)
+        if disk is not None:
+            arm(disk, folder, folder.with_name(f"{folder.name}.notes"), rank)
         sys.argv = ["launch/train.py", *arguments]
         run_command(main)
     except SystemExit as end:
@@ -197,7 +201,7 @@ def _rank(
 
 def _launcher(
     line: Line, folder: Path, arguments: tuple[str, ...], faults: tuple[Fault, ...], poisoned: int | None,
-    extensions: Path | None,
+    extensions: Path | None, disk: Disk | None,
 ) -> None:  # fmt: skip
     if extensions is not None:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
@@ -206,7 +210,7 @@ def _launcher(
     for rank in range(WORLD):
         pid = os.fork()
         if pid == 0:
-            _rank(rank, port, folder, arguments, faults, poisoned)
+            _rank(rank, port, folder, arguments, faults, poisoned, disk)
         ranks.append(pid)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the interpreter ends at a Ctrl-C that nobody catches
     (folder / "pids.json").write_text(json.dumps({"launcher": os.getpid(), "ranks": ranks}))
@@ -224,17 +228,18 @@ class Outcome:
 
 def run_job(
     folder: Path, *faults: Fault, more: tuple[str, ...] = (), poisoned: int | None = None, limit_s: float = 90,
-    extensions: Path | None = None,
+    extensions: Path | None = None, disk: Disk | None = None, arguments: tuple[str, ...] = ARGUMENTS,
 ) -> Outcome:  # fmt: skip
     """Run a job in `folder` to its end, whatever that is. poisoned: the loss of this global batch is nan.
 
-    extensions: where kernels are compiled; None: where they are always.
+    extensions: where kernels are compiled; None: where they are always. disk: what it does to a rank.
     Raises TimeoutError when it has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pids.json").unlink(missing_ok=True)
     started = time.monotonic()
-    process = FULL.start(_launcher, folder, (*ARGUMENTS, *more), faults, poisoned, extensions)
+    processes = FULL if disk is None else server()
+    process = processes.start(_launcher, folder, (*arguments, *more), faults, poisoned, extensions, disk)
     for fault in (fault for fault in faults if fault.phase is None):
         while not (folder / "pids.json").exists() and process.wait(0) is None:
             time.sleep(0.01)

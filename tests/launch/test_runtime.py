@@ -119,14 +119,11 @@ def test_metrics_that_a_full_disk_keeps_from_being_cut(tmp_path: Path, monkeypat
     for step in (1, 2, 3):
         log.log({"step": step})
     with monkeypatch.context() as full:
-        opened = Path.open
 
-        def no_space(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
-            if mode != "r":
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return opened(path, mode, *rest, **more)
+        def no_space(path: Path, *rest: Any) -> Any:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-        full.setattr(Path, "open", no_space)
+        full.setattr(Path, "write_bytes", no_space)
         log.cut(2, 2)
         log.log({"step": 3})
     assert len(said) == 1 and "No space left" in said[0] and steps() == [1, 2, 3]
