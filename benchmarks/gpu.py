@@ -211,10 +211,11 @@ def _interrupt(number: int, frame: object) -> None:
     raise InterruptError(signal.Signals(number).name)
 
 
+HELP = ("", f"Sub-steps: {', '.join(s.key for s in SUB_STEPS)}")
+"""Behind this text, for `--help`."""
+
+
 def main(argv: list[str]) -> int:
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nSub-steps: {', '.join(s.key for s in SUB_STEPS)}")
-        return 0
     out, options, sub_steps = checked(argv)
     if not float(options["minutes"]):
         publish(write_tables(out) if out.is_dir() else report([]), "")

@@ -82,6 +82,10 @@ def publish(lines: list[str], out: str) -> None:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """A benchmark's command line: exit code 2, and no traceback, for a wrong request."""
+    own = sys.modules["__main__"]
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print("\n".join([(own.__doc__ or "").strip(), *getattr(own, "HELP", ())]))
+        raise SystemExit(0)
     try:
         code = main(sys.argv[1:])
     except RequestError as error:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from conf.errors import Problem, RequestError, did_you_mean
 from launch.runtime.checkpoint import MANIFEST, Checkpoint, all_of, newest, unfinished
-from launch.runtime.request import run_command, split_arguments
+from launch.runtime.request import run_command, split_arguments, told_apart
 from recipes import durable
 
 COMMAND = "launch/checkpoints.py"
@@ -94,7 +94,8 @@ def _export(folder: Path, out: str, step: str) -> int:
 
 
 def _folder(words: list[str]) -> Path:
-    unknown = [word for word in words if "=" in word or word.startswith("-")]
+    folders, unknown = told_apart(words, ())
+    unknown += [word for word in folders if word.startswith("-")]
     if unknown:
         near = did_you_mean(unknown[0].partition("=")[0], OWN) or next(iter(OWN))
         raise RequestError(Problem(unknown[0], "", f"{COMMAND} has no such argument", f"{near}=…"))

@@ -10,7 +10,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from conf.errors import Problem, RequestError, did_you_mean
-from launch.runtime.request import run_command
+from launch.runtime.request import run_command, told_apart
 
 USAGE = "launch/export.py RUN_DIR|MODEL_DIR out=DIR [dtype=fp32|bf16|fp16] [shard_mb=4096]"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -21,8 +21,9 @@ def main(argv: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in argv):
         print(USAGE)
         return 0
-    options = dict(argument.split("=", 1) for argument in argv if "=" in argument)
-    sources = [Path(argument).expanduser() for argument in argv if "=" not in argument]
+    words, pairs = told_apart(argv, KEYS)
+    sources = [Path(word).expanduser() for word in words]
+    options = dict(pair.split("=", 1) for pair in pairs)
     problems = [
         Problem(key, value, "no such key of this command", did_you_mean(key, KEYS) or USAGE)
         for key, value in options.items()
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     if options.get("dtype", "fp32") not in DTYPES:
         problems.append(Problem("dtype", options["dtype"], f"one of {', '.join(DTYPES)}", "dtype=bf16"))
     shard = options.get("shard_mb", "4096")
-    if not shard.isdigit() or int(shard) < 1:
+    if not (shard.isascii() and shard.isdigit()) or int(shard) < 1:
         problems.append(Problem("shard_mb", shard, "a positive number of megabytes", "shard_mb=4096"))
     if problems:
         raise RequestError(problems)

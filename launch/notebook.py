@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.runtime.console import Terminal
+from launch.runtime.console import Terminal, plain_console
 from launch.runtime.processes import free_port
 from launch.runtime.request import Request
 from launch.runtime.session import train
@@ -39,7 +39,7 @@ class Cell(Terminal):
 
 def _plain() -> Console:
     """Text on the page's stream: neither an HTML block for each line nor the cursor movements of a terminal."""
-    return Console(file=sys.stdout, force_jupyter=False, force_terminal=False, highlight=False, soft_wrap=True)
+    return plain_console(file=sys.stdout, force_jupyter=False, force_terminal=False)
 
 
 def run(request: Request) -> dict[str, Any]:

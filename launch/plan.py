@@ -28,6 +28,7 @@ from conf.schema import Config
 from launch.planner.model_shape import ModelShape
 from launch.planner.schedule import Instruction
 from launch.planner.search import ASSUMED, ShapeOf, search
+from launch.runtime.console import plain_console
 from launch.runtime.ds_config import ds_config
 from launch.runtime.request import Request, read_request, run_command
 from recipes import recipe_class
@@ -84,11 +85,9 @@ def main(argv: list[str]) -> int:
     if wanted == "json":
         print(json.dumps(plan, indent=2, ensure_ascii=False))
     else:
-        from rich.console import Console
-
         from launch.planner.render import render
 
-        render(plan, Console(highlight=False, soft_wrap=True))
+        render(plan, plain_console())
     return 0
 
 
@@ -119,8 +118,6 @@ def show_tokens(request: Request) -> int:
 
 def show_layouts(request: Request, wanted: str, shape_of: ShapeOf) -> int:
     """Print all layouts of the request's world size."""
-    from rich.console import Console
-
     from launch.planner.render import render_search
 
     cfg = request.cfg
@@ -139,7 +136,7 @@ def show_layouts(request: Request, wanted: str, shape_of: ShapeOf) -> int:
     if wanted == "json":
         print(json.dumps([asdict(candidate) for candidate in found], indent=2, ensure_ascii=False))
     else:
-        render_search(found, speeds, Console(highlight=False, soft_wrap=True))
+        render_search(found, speeds, plain_console())
     return 0
 
 

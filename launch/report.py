@@ -10,10 +10,10 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
 from rich.table import Table
 
 from conf.errors import Problem, RequestError
+from launch.runtime.console import plain_console
 from launch.runtime.plots import RunMetrics, plot_runs, read_metrics
 from launch.runtime.request import run_command
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     for run in runs:
         table.add_row(*row_of(run))
     path = plot_runs(run_dirs, out)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     console.print(table)
     console.print(f"curves  {path}", markup=False)
     return 0

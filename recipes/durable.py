@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ SCRATCH = ".tmp"
 """Ends the hidden name of what is not whole yet, or any more: whoever owns the place may remove it."""
 REPLACED = ".old"
 """Ends the hidden name of a folder while another one takes its place (`recover`)."""
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""In the text of a Rust library's exception."""
 NOT_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 """What a file system says that cannot synchronise a folder, or does not let this user."""
 
@@ -172,11 +175,12 @@ def synchronise(path: Path) -> None:
     """Bring a file, or a folder's entries, to the disk. Raises OSError."""
     folder = path.is_dir()
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with _named(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         if not (folder and error.errno in NOT_OF_FOLDERS):
             raise
@@ -191,6 +195,20 @@ def _named(path: Path) -> Iterator[None]:
         if error.errno is not None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def of_the_system(path: Path | str) -> Iterator[None]:
+    """What tokenizers and safetensors say of a disk is an OSError about `path`, as everyone else's is."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if (code := OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(code.group(1))
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def told(error: OSError) -> str:

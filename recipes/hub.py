@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.errors import Problem, RequestError
 from conf.schema import Config
+from recipes.durable import of_the_system
 
 CONVERT = """
 import sys
@@ -70,7 +71,8 @@ def trained_tokenizer(folder: Path) -> Any:
     """One that was trained here, from its folder in the cache."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    with of_the_system(folder):
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
 def image_processor(source: Path | str, *, revision: str | None = None, key: str = "model.path", **options: Any) -> Any:
@@ -130,7 +132,8 @@ def _without_code(
     """`loader.from_pretrained`. Raises RequestError where transformers would need code that comes with the files."""
     extra = {"revision": revision} if revision else {}
     try:
-        return loader.from_pretrained(source, trust_remote_code=False, **extra, **options)
+        with of_the_system(source):
+            return loader.from_pretrained(source, trust_remote_code=False, **extra, **options)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

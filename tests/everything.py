@@ -155,12 +155,18 @@ def main(argv: list[str]) -> int:
         raise RequestError(Problem("only", value, f"one of {', '.join(sorted(known))}", "python tests/everything.py"))
     data, state = str(Path(own["data"]).resolve()), state_folder()
     state.mkdir(parents=True, exist_ok=True)
-    for part in (part for part in parts() if part.name.partition(":")[0] in wanted):
+    chosen = [part for part in parts() if part.name.partition(":")[0] in wanted]
+    print(f"outputs in {state.relative_to(ROOT)}; what has passed there is not run again")
+    for number, part in enumerate(chosen, 1):
         file = state / (re.sub(r"\W+", "_", part.name) + ".json")
         if file.exists() and own["again"] != "true" and json.loads(file.read_text())["code"] == 0:
             continue
-        print(f"{part.name} …", end=" ", flush=True)
-        result = attempt(part, state, data)
+        print(f"{number} of {len(chosen)}: {part.name} …", end=" ", flush=True)
+        try:
+            result = attempt(part, state, data)
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on with this part")
+            return 130
         file.write_text(json.dumps(result))
         print(
             f"{'passed' if result['code'] == 0 else 'FAILED'}, {result['seconds']} s: {result['finding']}", flush=True

@@ -185,4 +185,7 @@ def page(counts: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(collected()), encoding="utf-8")
+    before, now = PAGE.read_text(encoding="utf-8"), page(collected())
+    PAGE.write_text(now, encoding="utf-8")
+    changed = set(now.splitlines()) - set(before.splitlines())
+    print(f"{PAGE.relative_to(ROOT)}: {len(changed)} of {len(PROMISES)} rows changed")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,6 +24,18 @@ STARTING = ".new"
 """Ends the name of a log until `log_is`."""
 
 
+NARROW, USUAL = 20, 80
+"""Columns of a terminal that cannot be one, and of one that says nothing."""
+
+
+def plain_console(**options: Any) -> Console:
+    """What prints to a terminal, or wherever else: lines as they are, of any length."""
+    console = Console(highlight=False, soft_wrap=True, **options)
+    if console.width < NARROW:  # COLUMNS=0: nothing would be printed at all
+        console.width = USUAL
+    return console
+
+
 class Terminal:
     """Rank 0 speaks here; the other ranks are silent. Until `capture` the process's own stdout and stderr are used."""
 
@@ -33,7 +45,7 @@ class Terminal:
         self._out: TextIO = sys.stdout
         self.error: TextIO = sys.stderr
         self._saved: tuple[int, int] | None = None
-        self.console = Console(file=self._out, quiet=not first, highlight=False, soft_wrap=True)
+        self.console = plain_console(file=self._out, quiet=not self.first)
 
     def capture(self, log: Path) -> None:
         """Send all that this process prints from now on (C code included) to `log`, but for what is said here."""
@@ -49,7 +61,7 @@ class Terminal:
         os.dup2(target, 1)
         os.dup2(target, 2)
         os.close(target)
-        self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
+        self.console = plain_console(file=self._out, quiet=not self.first)
 
     def log_is(self, log: Path) -> None:
         """What was captured elsewhere until now takes the place of `log`, and goes on there."""
@@ -72,7 +84,7 @@ class Terminal:
         if self._log is not None and self._log.name.endswith(STARTING):  # another run's folder, perhaps
             durable.remove(self._log)
         self._saved, self._out, self.error = None, sys.stdout, sys.stderr
-        self.console = Console(file=self._out, quiet=not self.first, highlight=False, soft_wrap=True)
+        self.console = plain_console(file=self._out, quiet=not self.first)
 
     @property
     def captured(self) -> bool:
@@ -84,12 +96,15 @@ class Terminal:
 
     def tail(self) -> str:
         """The last lines of this rank's log, with its path."""
-        if self._log is None or not self._log.exists():
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if self._log is None or not self._log.exists():
+                return ""
+            with self._log.open(errors="replace", encoding="utf-8") as file:
+                lines = deque(file, TAIL_LINES)
+        except OSError:  # the error that is told is another one
             return ""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with self._log.open(errors="replace", encoding="utf-8") as file:
-            lines = deque(file, TAIL_LINES)
         return f"last lines of {self._log}:\n" + "".join(f"  {line}" for line in lines)
 
 

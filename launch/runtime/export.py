@@ -102,10 +102,10 @@ def _write_model(
         recipe.save_processor(scratch)
         ready()
 
-    def rename(held: Tensors) -> Tensors:
+    def renamed(held: Tensors) -> Tensors:
         return revert_weight_conversion(model, held)
 
-    _write(stream, sizes, folder, describe, rename, first, shard_bytes, check)
+    _write(stream, sizes, folder, describe, renamed, first, shard_bytes, check)
 
 
 def convert(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -161,7 +161,7 @@ def _write(
     sizes: dict[str, int],
     folder: Path,
     describe: Callable[[Path], None],
-    rename: Callable[[Tensors], Tensors],
+    renamed: Callable[[Tensors], Tensors],
     first: bool,
     shard_bytes: int,
     check: Callable[[], object] = lambda: None,
@@ -180,7 +180,8 @@ def _write(
         nonlocal problem
         try:
             if first and problem is None:
-                action()
+                with durable.of_the_system(folder):
+                    action()
         except OSError as error:
             problem = error
 
@@ -190,7 +191,7 @@ def _write(
 
     def write(file: str, held: Tensors) -> None:
         nonlocal total
-        held = {name: value.contiguous() for name, value in rename(held).items()}
+        held = {name: value.contiguous() for name, value in renamed(held).items()}
         described = {name: (value.dtype, value.shape) for name, value in held.items()}
         write_tensors(scratch / file, described, held.values(), metadata={"format": "pt"})
         index.update(dict.fromkeys(held, file))

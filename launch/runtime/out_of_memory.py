@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.batch import Layout, sizes
 from conf.environment import Environment
-from conf.errors import RequestError
+from conf.errors import Problem, RequestError
 from conf.rules import check
 from conf.schema import Config
 from launch.planner.model_shape import ModelShape
@@ -28,6 +30,8 @@ ROOM = 0.9
 """Share of a device that a prediction may take: the context of CUDA, nccl and gaps between blocks need the rest."""
 GAPS = 0.1
 """Share of a device that lies idle between blocks, above which that is worth a word."""
+NEAR = 40
+"""Bytes for each parameter, optimizer and gradient included and more than twice that, below which no model is large."""
 GIB = 2**30
 
 Change = tuple[str, Config]
@@ -216,7 +220,7 @@ def memory_of(device: Any) -> tuple[int, str]:
     import torch
 
     if device.type != "cuda":
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = int(min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _limit_of_group()))
         return whole, f"this machine has {_gib(whole)} for all its ranks"
     try:
         free, whole = torch.cuda.mem_get_info(device)
@@ -227,6 +231,44 @@ def memory_of(device: Any) -> tuple[int, str]:
     name = torch.cuda.get_device_name(device)
     line = f"{name} has {_gib(whole)}, of which {_gib(free)} free; this rank held {_gib(held)} in {_gib(ours)}"
     return whole, f"{line}, {_gib(torch.cuda.max_memory_allocated(device))} at most"
+
+
+def _limit_of_group() -> float:
+    """Bytes that a container gives its processes."""
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            return int(Path("/sys/fs/cgroup", file).read_text(encoding="utf-8"))
+    return math.inf
+
+
+def check_memory(request: Request, recipe: Recipe) -> None:
+    """Refuse a model that is predicted to need more memory than this machine has; one rank of each machine does.
+
+    On a CPU: there the system ends a process without a word, or makes the machine stand still. Only models that come
+    near are predicted, which takes seconds. Raises RequestError (model).
+    """
+    import torch
+
+    from recipes.models.build import on_meta
+
+    ranks, cfg = request.ranks, request.cfg
+    if request.device != "cpu" or ranks.local_rank:
+        return
+    whole, _ = memory_of(torch.device("cpu"))
+    model = on_meta(recipe.hf_class(), recipe.model_config(), dtype=torch.float32, attention=cfg.model.attention)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters * NEAR * ranks.local_world < whole:
+        return
+    plan, predict = _planned(request, recipe)
+    if plan is None or (needed := plan["total"] * ranks.local_world) <= whole:
+        return
+    phase, environment = Phase(), request.environment.on(request.device)
+    phase.doing = "step 1"
+    helps = changes(cfg, request.layout, environment, phase, predict, whole // ranks.local_world)
+    enough = [words for words, size in helps if size is not None and size * ranks.local_world <= whole]
+    value = cfg.model.path or cfg.model.type or ""
+    rule = f"{parameters:,} parameters: {_gib(needed)} are predicted to be needed, this machine has {_gib(whole)}"
+    raise RequestError(Problem("model", value, rule, enough[0] if enough else "a smaller model, or more machines"))
 
 
 def _gaps(device: Any, capacity: int) -> int:

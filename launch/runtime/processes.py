@@ -18,6 +18,10 @@ FILES_OF_A_RANK, FILES_OF_A_PAIR = 56, 4
 """Measured with the quickstart, on one and two ranks (gloo has a connection for each pair of ranks and each group)."""
 
 
+MANY = 1 << 31
+"""More ranks than there are."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all (from the environment the launcher made)."""
@@ -33,16 +37,24 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Read what `deepspeed`, `torchrun` or a plain `python` left in the environment (nothing: one rank)."""
-    get = os.environ.get
-    world = int(get("WORLD_SIZE", "1"))
-    return Ranks(
-        rank=int(get("RANK", "0")),
-        local_rank=int(get("LOCAL_RANK", "0")),
-        world=world,
-        # The deepspeed launcher calls it LOCAL_SIZE.
-        local_world=int(get("LOCAL_WORLD_SIZE", get("LOCAL_SIZE", str(world)))),
-    )
+    """Read what `deepspeed`, `torchrun` or a plain `python` left in the environment (nothing: one rank).
+
+    Raises RequestError for what no launcher leaves: ranks would wait for others that never come.
+    """
+
+    def number(name: str, default: int, below: int) -> int:
+        text = os.environ.get(name, str(default))
+        if text.isascii() and text.isdigit() and int(text) < below:
+            return int(text)
+        rule = f"a whole number below {below}" if below < MANY else "a whole number"
+        nearest = f"unset {name}, or start the ranks with deepspeed or torchrun"
+        raise RequestError(Problem(name, text, f"{rule}, of the environment", nearest))
+
+    world = number("WORLD_SIZE", 1, MANY)
+    # The deepspeed launcher calls it LOCAL_SIZE.
+    local = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
+    local_world = number(local, world, world + 1)
+    return Ranks(number("RANK", 0, world), number("LOCAL_RANK", 0, max(local_world, 1)), world, local_world)
 
 
 def free_port() -> int:

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from conf.batch import Layout
 from conf.compose import compose, hydra_passthrough, recipe_listing
@@ -18,6 +19,7 @@ from conf.schema import Config
 from launch.runtime import standard_streams
 from launch.runtime.processes import Ranks, must_exit, ranks_from_environment
 from recipes import recipe_class
+from recipes.durable import told
 
 SPEAK_AFTER_S = 5.0
 
@@ -82,6 +84,16 @@ def read_request(argv: list[str], command: str, own: dict[str, str] | None = Non
     return Request(cfg, Layout.of(world, cfg.parallel), environment, ranks, values)
 
 
+def told_apart(argv: list[str], keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(folders, pairs of key and value) of a command's arguments: a folder's name may hold `=`."""
+    pairs = [word for word in argv if "=" in word and (word.partition("=")[0] in keys or not _is_folder(word))]
+    return [word for word in argv if word not in pairs], pairs
+
+
+def _is_folder(word: str) -> bool:
+    return Path(word).expanduser().is_dir()
+
+
 def _standing_somewhere(argv: list[str]) -> list[str]:
     try:
         os.getcwd()
@@ -117,7 +129,11 @@ def run_command(main: Callable[[list[str]], int], answers: bool = True) -> None:
     """
     standard_streams.in_utf8()
     standard_streams.secure()
-    ranks = ranks_from_environment()
+    try:
+        ranks = ranks_from_environment()
+    except RequestError as error:
+        print(error.render(), file=sys.stderr)
+        raise SystemExit(2) from None
     try:
         code = main(_standing_somewhere(_readable(sys.argv[1:])))
     except RequestError as error:
@@ -130,10 +146,13 @@ def run_command(main: Callable[[list[str]], int], answers: bool = True) -> None:
         if ranks.first:
             print("interrupted", file=sys.stderr)
         code = 1
-    except Exception:
-        if not must_exit():
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # of a disk, while it was written to: no mistake of ours
+            print(f"error: {told(error)}", file=sys.stderr)
+        elif not must_exit():
             raise
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
         code = 1
     sys.stdout.flush()
     if answers and code == 0 and (failure := standard_streams.missing(sys.stdout)) is not None:

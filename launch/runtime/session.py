@@ -89,7 +89,7 @@ def train(request: Request, terminal: Terminal, wishes: Wishes | None = None) ->
     """
     from launch.runtime.caretaker import too_late
     from launch.runtime.interruption import InterruptedRunError, Wishes
-    from launch.runtime.out_of_memory import Phase, explaining
+    from launch.runtime.out_of_memory import Phase, check_memory, explaining
 
     cfg, layout, ranks = request.cfg, request.layout, request.ranks
     processes.set_environment(ranks, request.device)
@@ -110,6 +110,7 @@ def train(request: Request, terminal: Terminal, wishes: Wishes | None = None) ->
     with wishes.heard(), watchdog:
         watchdog.prepares("the preparation of the data")
         recipe = prepare(request, terminal, beat=watchdog.prepares)
+        check_memory(request, recipe)
         steps = optimizer_steps(cfg, len(recipe.train))
         run_dir.create()
         if ranks.first:

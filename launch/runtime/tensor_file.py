@@ -67,6 +67,9 @@ def reading(path: Path) -> Iterator[Any]:
         code = re.search(r"\((\d+)\)$", str(error))
         number = int(code.group(1)) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from None
+    except OSError as error:  # of safetensors, for which every file that cannot be opened is one that is not there
+        os.close(os.open(path, os.O_RDONLY))
+        raise OSError(errno.EIO, "cannot be opened", str(path)) from error
     with content as tensors:
         yield tensors
 

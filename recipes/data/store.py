@@ -130,7 +130,8 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def _writable(root: Path) -> Iterator[None]:
     try:
-        yield
+        with durable.of_the_system(root):
+            yield
     except OSError as error:
         rule = f"tokenised data cannot be written there ({error.strerror or error})"
         raise RequestError(Problem("data.cache_dir", str(root), rule, "data.cache_dir=FOLDER")) from error

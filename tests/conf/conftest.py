@@ -1,4 +1,4 @@
-"""Tests of the configuration stand in an empty directory: run directories and data paths are relative to it."""
+"""Tests of the configuration ask Hydra once for each request."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from conf import compose
 
 _composed: dict[tuple[str, ...], Any] = {}
 _compose = compose._compose
-
-
-@pytest.fixture(autouse=True)
-def empty_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)

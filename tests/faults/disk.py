@@ -55,6 +55,8 @@ def arm(disk: Disk, folder: Path, notes: Path, rank: int) -> None:
     naming = os.open(notes / NAMES.format(rank), flags | os.O_TRUNC)
     failing = disk.rank == rank and disk.first > 0
     first, last = (disk.first, disk.first + disk.count - 1) if failing else (0, -1)
+    if not disk.record:
+        folder /= "run"  # what a run says goes to files beside it, which stand for its terminal
     library = ctypes.CDLL(None)
     library.arm(
         str(folder).encode(), ctypes.c_long(first), ctypes.c_long(last), disk.code, recording, naming, int(disk.reads)

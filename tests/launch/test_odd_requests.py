@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import PLAN, SMALL, TRAIN, environment, run
+from commands import EXPORT, PLAN, SMALL, TRAIN, environment, run
 from filelock import FileLock
 from ranks import run_ranks
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -154,3 +154,47 @@ def test_a_lock_left_by_an_interrupted_build_does_not_hang(tmp_path: Path, monke
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     run_ranks(1, builds, timeout_s=120)
     assert FileLock(extensions / "deepspeed_recipes.lock").acquire(timeout=0)
+
+
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"WORLD_SIZE": "abc"}, "error: WORLD_SIZE=abc: a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "error: RANK=5: a whole number below 2"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            "error: LOCAL_WORLD_SIZE=4: a whole number",
+        ),
+    ],
+)
+def test_ranks_that_no_launcher_starts(variables: dict[str, str], said: str, tmp_path: Path) -> None:
+    """They would wait for others that never come."""
+    done = run([sys.executable, TRAIN, "+recipe=line"], tmp_path, environment(tmp_path / "cache", **variables))
+    assert done.returncode == 2 and done.stderr.startswith(said) and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_without_columns(tmp_path: Path) -> None:
+    words = [sys.executable, TRAIN, "+recipe=line", "train.steps=2", "run_dir=run"]
+    done = run(words, tmp_path, environment(tmp_path / "cache", COLUMNS="0"))
+    assert done.returncode == 0 and "held-out loss" in done.stdout
+
+
+def test_a_model_that_this_machine_cannot_hold(tmp_path: Path) -> None:
+    """The system would kill the process without a word."""
+    words = ["+recipe=quickstart", "model.type=llama", "data.max_files=30", "train.steps=4", "scheduler.warmup_steps=1"]
+    huge = "model.config={hidden_size: 65536, num_hidden_layers: 400, num_attention_heads: 64}"
+    done = run([sys.executable, TRAIN, *words, huge], tmp_path, environment(tmp_path / "cache"))
+    assert done.returncode == 2 and "are predicted to be needed, this machine has" in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folders_with_an_equals_sign(tmp_path: Path) -> None:
+    (tmp_path / "lr=3" / "model").mkdir(parents=True)
+    for script, words, said in [
+        (EXPORT, ["out=x"], "error: MODEL=lr=3/model: holds no exported model"),
+        (EXPORT, ["out=x", "shard_mb=²"], "error: shard_mb=²: a positive number"),
+        (EXPORT.with_name("checkpoints.py"), [], "error: RUN_DIR=lr=3: has no checkpoints"),
+    ]:
+        done = run([sys.executable, script, "lr=3", *words], tmp_path, environment(tmp_path / "cache"))
+        assert done.returncode == 2 and done.stderr.startswith(said), done.stderr

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import ROOT
 from PIL import Image
 
 from conf.errors import RequestError
@@ -323,4 +324,4 @@ def test_coloured():
 
 def test_reading_imports_no_torch():
     code = "import sys, recipes.data.images, recipes.data.numbers; sys.exit({'torch', 'sklearn'} & set(sys.modules))"
-    subprocess.run([sys.executable, "-c", code.replace("sys.exit(", "sys.exit(bool(") + ")"], check=True)
+    subprocess.run([sys.executable, "-c", code.replace("sys.exit(", "sys.exit(bool(") + ")"], check=True, cwd=ROOT)
