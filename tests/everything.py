@@ -70,15 +70,17 @@ class Part:
     thorough: bool = False
 
 
-def suite(folder: str) -> Part:
+def suite(folder: str, name: str = "") -> Part:
     words = f"{{python}} -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder {folder}"
-    return Part(f"suite: {folder}", words, counted, thorough=True)
+    return Part(f"suite: {name or folder}", words, counted, thorough=True)
+
+
+ROOMS = ("conf", "recipes", "launch", "distributed", "faults", "golden", "notebooks")
 
 
 PARTS = (
-    *(suite(f"tests/{room}") for room in ("conf", "recipes", "launch", "distributed", "faults", "golden", "notebooks")),
-    Part("suite: the rest", "{python} -m pytest -q tests/support tests/mutations tests/test_contributing.py "
-         "tests/test_documents.py", counted),
+    *(suite(f"tests/{room}") for room in ROOMS),
+    suite(" ".join(["tests", *(f"--ignore=tests/{room}" for room in ROOMS)]), "the rest"),
     Part("mutations", "{python} tests/mutations/run.py", found(r"\d+ of \d+ noticed")),
     Part("families", "{python} tests/distributed/families.py", found(r"families: .*pipeline|families; ")),
     Part("matrix", "{python} tests/distributed/matrix_report.py every=1 state={state}/matrix.jsonl", worst_of_matrix),

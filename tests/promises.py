@@ -104,9 +104,19 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("faults/test_every_byte.py",),
     ),
     (
-        "A write that fails leaves the earlier file, and whole lines",
-        "failures and short writes at each operation of the module that writes them",
-        ("recipes/test_durable.py",),
+        "A write that fails leaves the earlier file, and whole lines; one module writes",
+        "failures and short writes at each operation of that module; every other writer in the sources",
+        ("recipes/test_durable.py", "test_writers.py"),
+    ),
+    (
+        "Any operation on the disk may fail: the run goes on, or stops with a message, and is resumed to the same bits",
+        "one of each kind, of two ranks, libraries included (each of 1,400 by `make test-all`); a full disk",
+        ("faults/test_disk.py", "faults/test_disk_of_commands.py"),
+    ),
+    (
+        "A loss of power loses nothing that was said to be saved",
+        "a recorded run, broken off behind each operation, what was not synchronised lost, halved or reordered",
+        ("faults/test_disk.py",),
     ),
     (
         "A signal in any phase loses nothing that docs/signals.md says is kept",

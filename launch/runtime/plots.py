@@ -54,7 +54,10 @@ def read_metrics(run_dir: Path) -> RunMetrics:
         )
     steps: list[Row] = []
     held_out: list[Row] = []
-    lines = file.read_bytes().split(b"\n")
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RequestError(Problem("RUN_DIR", str(file), f"cannot be read: {error.strerror or error}")) from None
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
