@@ -15,6 +15,7 @@ from conf.batch import sizes
 from conf.errors import Problem, RequestError
 from recipes.base import PICKED, Prediction, Progress, Recipe
 from recipes.data.packing import collate, empty_row
+from recipes.data.tokenizer import id_count
 from recipes.preview import Preview, counted, pieces
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class CausalLM(Recipe):
             return pretrained_config(self.cfg.model, self._folder)
         special = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         assert self.cfg.model.type is not None  # a rule: one of type and path is given
-        config = {"vocab_size": len(self.tokenizer), **self.cfg.model.config, **special}
+        config = {"vocab_size": id_count(self.tokenizer), **self.cfg.model.config, **special}
         return set_dropout(scratch_config(self.cfg.model.type, config), self.cfg.model.dropout)
 
     def hf_class(self) -> Any:

@@ -17,7 +17,7 @@ from recipes.data.packing import MULTIPLE, round_up
 from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import Source
-from recipes.data.tokenizer import without_begin
+from recipes.data.tokenizer import id_count, without_begin
 from recipes.preview import Preview, counted, pieces
 from recipes.supervised import Supervised
 
@@ -145,7 +145,7 @@ class TextTask(Supervised):
                 meter.note(CUT, f"{what} truncated to data.seq_length", where, length)
 
     def scratch_defaults(self) -> dict[str, Any]:
-        return {"vocab_size": len(self.tokenizer)}
+        return {"vocab_size": id_count(self.tokenizer)}
 
     def set_heads(self, config: PretrainedConfig) -> None:
         super().set_heads(config)

@@ -57,6 +57,9 @@ class _Tokenizer:
     def __len__(self) -> int:
         return VOCABULARY
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(VOCABULARY)}
+
     def save_pretrained(self, folder) -> None:
         pass
 

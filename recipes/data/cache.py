@@ -28,7 +28,7 @@ from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row, column_keys, fills_up
 from recipes.data.sources import Source, open_sources
 from recipes.data.store import ROWS, ArrayWriter, Entry, default_cache_dir, entry, writing
-from recipes.data.tokenizer import tokenizer_digest, train_tokenizer
+from recipes.data.tokenizer import id_count, tokenizer_digest, train_tokenizer
 from recipes.durable import new_file
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def prepare(
     train = [sequences([parts["train"]]) for parts in packed]
     held_out = sequences([parts["held_out"] for parts in packed])
     report = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": id_count(tokenizer),
         "fingerprint": ROWS + key_of(*(store.content for store in stores)),
         "sources": [_source_report(*item, data) for item in zip(sources, packed, strict=True)],
         "changes": [change for found in changes for change in found],
@@ -227,7 +227,7 @@ def _tokenise(
     nulls = fills_up(source.config)
     encoder = Encoder(tokenizer, columns, source.key, data.chat_date, data.chat_options, nulls)
     plain = "text" in columns
-    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    dtype = "uint16" if id_count(tokenizer) <= 1 << 16 else "uint32"
     arrays = {"ids": dtype, "offsets": "int64"} | ({} if plain else {"supervised": "bool", **PLACES})
     origins = source.origins()
     numbers = {origin: number for number, origin in enumerate(origins)}

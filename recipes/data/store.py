@@ -56,7 +56,11 @@ class ArrayWriter:
         self.file, self.dtype, self.count = self._stack.enter_context(durable.new_file(path)), np.dtype(dtype), 0
 
     def append(self, values: np.ndarray) -> None:
-        """Add (n,) values; they are converted to the dtype of the array."""
+        """Add (n,) values; they are converted to the dtype of the array. Raises ValueError where it cannot hold one."""
+        if self.dtype.kind in "iu" and len(values):
+            bounds = np.iinfo(self.dtype)
+            if values.min() < bounds.min or values.max() > bounds.max:
+                raise ValueError(f"{values.min()} to {values.max()} in an array of {self.dtype}")
         self.file.write(np.ascontiguousarray(values, self.dtype).data)
         self.count += len(values)
 

@@ -182,6 +182,11 @@ def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return steps is not None and any(step["type"] == "ByteLevel" for step in (steps, *steps.get("pretokenizers", ())))
 
 
+def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than its largest id: ids may have gaps, so there can be fewer tokens than that."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """(V,) bytes of text that each token stands for, 0 for special ones; None where tokens do not tell (WordPiece).
 
@@ -190,7 +195,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return None
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    names = tokenizer.convert_ids_to_tokens(list(range(id_count(tokenizer))))
     byte_level = is_byte_level(tokenizer)
     if not byte_level and not any(name and name.startswith(SPACE) for name in names):
         return None

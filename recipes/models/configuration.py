@@ -15,6 +15,7 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_values import shown
 from conf.schema import Config
 from recipes import hub
+from recipes.data.tokenizer import id_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,8 +164,7 @@ def check_text(
     """
     text = config.get_text_config()
     problems = []
-    # By the largest id, not their number: ids may have gaps, and an id without a row is an error amid training.
-    rows = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    rows = id_count(tokenizer)  # an id without a row is an error amid training
     if rows > text.vocab_size:
         rule = f"the tokenizer has ids up to {rows - 1}, more than the embedding has rows"
         key, value = "model.config.vocab_size", str(text.vocab_size)

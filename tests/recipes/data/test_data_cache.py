@@ -10,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from conf.errors import RequestError
 from conf.schema import SourceConfig
 from recipes.data import cache, encode
 from recipes.data.cache import prepare
 from recipes.data.store import ArrayWriter, entry
+from recipes.data.tokenizer import id_count
 
 TEXTS = [{"text": f"row {i}: the quick brown fox jumps over {i} lazy dogs"} for i in range(60)]
 
@@ -340,3 +345,32 @@ def test_what_another_user_keeps_is_named(data, tokenizer, tmp_path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(RequestError, match="another user's, and readable for that one alone"):
         prepare(data, tokenizer, seed=0)
+
+
+def test_ids_with_gaps(data):
+    """A few tokens, one of them with an id that two bytes do not hold: it was another token after the cache."""
+    words = {
+        word: number
+        for number, word in enumerate(
+            ["row", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", ":", "<end>"]
+        )
+    }
+    words |= {str(number): 70_000 + number for number in range(60)}
+    backend = Tokenizer(WordLevel(words, unk_token=":"))
+    backend.pre_tokenizer = Whitespace()
+    sparse = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token=":")
+    assert len(sparse) < 100 and id_count(sparse) == 70_060
+    prepared = prepare(data, sparse, seed=0)
+    ids = np.concatenate([prepared.train[0].row(index)["input_ids"] for index in range(len(prepared.train[0]))])
+    assert {int(number) for number in ids} <= set(words.values()) and (ids >= 70_000).sum() > 60
+    assert prepared.report["vocab_size"] == 70_060
+
+
+def test_an_array_holds_no_value_that_it_would_change(tmp_path):
+    writer = ArrayWriter(tmp_path / "ids", "uint16")
+    for value in (65_536, -1):
+        with pytest.raises(ValueError, match="uint16"):
+            writer.append(np.array([1, value]))
+    writer.append(np.array([65_535]))
+    writer.close()
+    assert writer.count == 1 and (tmp_path / "ids").stat().st_size == 2
