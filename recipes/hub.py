@@ -93,10 +93,46 @@ def new_model(hf_class: Any, config: Any, **options: Any) -> Any:
 
 
 def generation_config(folder: Path) -> Any:
-    """How a model's folder says that it writes texts."""
+    """How a model's folder says that it writes texts, without code. Raises RequestError for what cannot be done."""
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_pretrained(folder)
+    file = folder / "generation_config.json"
+    try:
+        found = GenerationConfig.from_pretrained(folder)
+        found.validate()
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RequestError(
+            Problem(str(file), "", f"transformers refuses it: {reason}", "correct it, or remove it")
+        ) from None
+    for name in ("custom_generate", "trust_remote_code"):
+        vars(found).pop(name, None)
+    legal = {
+        **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"), _is_id),
+        **dict.fromkeys(("num_beams", "num_return_sequences", "max_length", "max_new_tokens"), _is_count),
+        "temperature": lambda value: _is_number(value) and value >= 0,
+        "top_p": lambda value: _is_number(value) and 0 <= value <= 1,
+    }
+    wrong = [
+        Problem(f"{file}: {name}", str(value), "no model can write texts so", f"remove {name} from it")
+        for name, is_legal in legal.items()
+        if (value := getattr(found, name, None)) is not None and not is_legal(value)
+    ]
+    if wrong:
+        raise RequestError(wrong)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_id(value: Any) -> bool:
+    return all(isinstance(one, int) and one >= -1 for one in (value if isinstance(value, list) else [value]))
 
 
 def snapshot(name: str, *, revision: str | None = None, patterns: Iterable[str]) -> Path:

@@ -27,6 +27,10 @@ def check_causal(model: PreTrainedModel, device: torch.device) -> list[Problem]:
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0].float()
+    if not bool(hidden.isfinite().all()):
+        names = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+        rule = f"its weights are not finite: {', '.join(names[:3]) or 'its outputs'}"
+        return [Problem("model", model.config.model_type, rule, "weights of a training that went well")]
     if _alike(*hidden[:, :3]):
         return []
     rule = "this model lets tokens see those that follow, which it is to predict"

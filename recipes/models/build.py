@@ -285,7 +285,10 @@ def check_weights(model: PreTrainedModel, folder: Path, variant: str | None, new
     found: Differences = compare(model, files.files)
     base = _base_prefix(model)
     new = {name for name in (*found.missing, *found.mismatched) if new_head and _in_head(base, name)}
-    refuse_lacking(folder, [name for name in found.lacking if name.partition(" ")[0] not in new])
+    lacking = [name for name in found.lacking if name.partition(" ")[0] not in new]
+    refuse_lacking(folder, lacking, found.unexpected)
+    if (folder / "generation_config.json").exists():
+        hub.generation_config(folder)
     said = [f"weights of {folder}: {', '.join(files.others)} not read"] if files.others else []
     if new:
         said.append(f"new in the model, its weights lack it: {listed(sorted(new))}")

@@ -27,6 +27,10 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer", "data2vec-text")
 """Families whose positions begin behind the number of the padding token."""
 
+PARTS = re.compile(r"(num_|n_)?(\w+_)?(layers?|blocks?|depths?|experts)")
+"""Attributes that say how many parts of a kind a model has."""
+MOST = 10_000
+
 
 def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
     """The transformers configuration of a new model: `config` over the defaults of its family.
@@ -53,8 +57,21 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
         made = AutoConfig.for_model(model_type, **{**config, "use_cache": False})
     except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
         raise RequestError(refused(model_type, error)) from None
+    refuse_endless(made, "model.config")
     made.architectures = made.architectures or []  # None is a TypeError where a family has several classes (DeiT)
     return made
+
+
+def refuse_endless(config: PretrainedConfig, key: str) -> None:
+    """Building a model takes a time that grows with its parts, also on the meta device. Raises RequestError."""
+    found = []
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+        for name, value in vars(part).items():
+            counts = value if isinstance(value, list | tuple) else [value]
+            if PARTS.fullmatch(name) and any(isinstance(count, int) and count > MOST for count in counts):
+                found.append(Problem(key, f"{name}={shown(value)}", f"more than {MOST:,}: no model has as many", ""))
+    if found:
+        raise RequestError(found)
 
 
 def _read_if_there(config: PretrainedConfig) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """safetensors' names."""
+WRAPPED = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before names."""
 NAMED = 3
 """Tensors that a message names; the others are counted."""
 
@@ -54,11 +56,12 @@ def compare(model: PreTrainedModel, files: tuple[Path, ...]) -> Differences:
     """What would be found when `model` (whole, on the meta device) were filled: nothing is read but the headers.
 
     Under transformers' own renaming rules, and silent about what transformers is silent about.
-    Raises RequestError for a file that is not whole.
+    Raises RequestError for a file that is not whole, or whose tensors are no values of the model's.
     """
     shapes = {name: entry for file in files for name, entry in header(file).items()}
+    renamed = _by_the_tie(model, shapes)
     tensors = {
-        name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
+        renamed.get(name, name): torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
         for name, (dtype, shape) in shapes.items()
     }
     with _quiet():
@@ -66,8 +69,48 @@ def compare(model: PreTrainedModel, files: tuple[Path, ...]) -> Differences:
     model._adjust_missing_and_unexpected_keys(found)
     mismatched = {name for name, *_ in found.mismatched_keys}
     parameters = {name for name, _ in model.named_parameters()}
-    missing = (found.missing_keys & parameters) - mismatched - set(model.all_tied_weights_keys)
+    # Running means are learnt as well; the count of batches beside them has no effect on a model that is given one.
+    learnt = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    missing = (found.missing_keys & (parameters | learnt)) - mismatched - set(model.all_tied_weights_keys)
+    _refuse_integers(parameters, shapes)
+    _refuse_untied(model, files, shapes)
     return Differences(tuple(sorted(missing)), tuple(sorted(mismatched)), tuple(sorted(found.unexpected_keys)))
+
+
+def _refuse_integers(parameters: set[str], shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Integers are scaled ones whose scales are elsewhere: read as they are they would be a model of noise."""
+    for name, (dtype, _) in shapes.items():
+        if dtype[0] in "IUB" and dtype != "BF16" and _stored_as(name, parameters):
+            rule = f"{name} is stored as {dtype}, and its config.json names no quantization_config"
+            raise RequestError(Problem("model.path", name, rule, "weights in bf16, fp16 or fp32"))
+
+
+def _refuse_untied(
+    model: PreTrainedModel, files: tuple[Path, ...], shapes: dict[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Two tensors that are stored apart, with other values, and are one in the model: one of them would be lost."""
+    for one, other in model.all_tied_weights_keys.items():
+        names = [next((name for name in shapes if _stored_as(name, {part})), None) for part in (one, other)]
+        if None in names or names[0] == names[1]:
+            continue
+        first, second = (_read(files, str(name)) for name in names)
+        if first.shape != second.shape or not torch.equal(first, second):
+            rule = f"{names[0]} and {names[1]} have other values, and are one tensor by its config.json"
+            nearest = f"tie_word_embeddings=false in its config.json, or weights without {names[0]}"
+            raise RequestError(Problem("model.path", "tie_word_embeddings", rule, nearest))
+
+
+def _stored_as(name: str, parameters: set[str]) -> bool:
+    """Whether a name in a file is that of one of the parameters: a base model's lack its prefix, or have one more."""
+    return any(name == own or own.endswith(f".{name}") or name.endswith(f".{own}") for own in parameters)
+
+
+def _read(files: tuple[Path, ...], name: str) -> torch.Tensor:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                return tensors.get_tensor(name)
+    raise KeyError(name)
 
 
 def fill(model: PreTrainedModel, files: tuple[Path, ...], device: torch.device, place: Place | None) -> list[str]:
@@ -80,7 +123,7 @@ def fill(model: PreTrainedModel, files: tuple[Path, ...], device: torch.device, 
     settings = _settings(model, device)
     waiting, mismatched = set(marks), list[str]()
     with _quiet(), ExitStack() as stack:
-        for group in _by_layer(files, stack):
+        for group in _by_layer(model, files, stack):
             found, _ = convert_and_load_state_dict_in_model(model, group, settings)
             mismatched += [name for name, *_ in found.mismatched_keys]
             loaded = [
@@ -97,10 +140,12 @@ def fill(model: PreTrainedModel, files: tuple[Path, ...], device: torch.device, 
     return mismatched
 
 
-def refuse_lacking(folder: Path, names: list[str]) -> None:
-    """Nothing that the weights lack is made up. Raises RequestError."""
+def refuse_lacking(folder: Path, names: list[str], stored: Iterable[str] = ()) -> None:
+    """Nothing that the weights lack is made up. stored: names without a place in the model. Raises RequestError."""
     if names:
         nearest = "a model that was trained for this task, and for these classes"
+        if found := next((prefix for prefix in WRAPPED if any(name.startswith(prefix) for name in stored)), None):
+            nearest = f"the names in its file without '{found}', which a wrapper has put before them"
         raise RequestError(Problem("model.path", str(folder), f"its weights lack {listed(names)}", nearest))
 
 
@@ -131,12 +176,23 @@ def _settings(model: PreTrainedModel, device: torch.device) -> LoadStateDictConf
     )
 
 
-def _by_layer(files: tuple[Path, ...], stack: ExitStack) -> Iterator[dict[str, Any]]:
+def _by_the_tie(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in the files → that of the tensor it is tied to, of which nothing else is stored."""
+    stored = set(names)
+    return {
+        one: other
+        for one, other in model.all_tied_weights_keys.items()
+        if one in stored and not any(_stored_as(name, {other}) for name in stored)
+    }
+
+
+def _by_layer(model: PreTrainedModel, files: tuple[Path, ...], stack: ExitStack) -> Iterator[dict[str, Any]]:
     """The tensors of each layer, and each one that is of none; not yet read."""
     groups: dict[str, dict[str, Any]] = {}
-    for file in files:
-        tensors = stack.enter_context(safe_open(file, framework="pt"))
+    opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+    renamed = _by_the_tie(model, [name for tensors in opened for name in tensors.keys()])  # noqa: SIM118
+    for tensors in opened:
         for key in tensors.keys():  # noqa: SIM118 - not a dictionary
             layer = re.match(r"(.*?\.\d+)\.", key)
-            groups.setdefault(layer.group(1) if layer else key, {})[key] = tensors.get_slice(key)
+            groups.setdefault(layer.group(1) if layer else key, {})[renamed.get(key, key)] = tensors.get_slice(key)
     yield from groups.values()

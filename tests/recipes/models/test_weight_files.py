@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from conf.compose import compose
 from conf.errors import RequestError
 from conf.schema import ModelConfig
 from conf.weight_files import find_weights, header, quantised
+from recipes import hub
 from recipes.data.tokenizer import train_tokenizer
+from recipes.models.attention import check_causal
 from recipes.models.build import check_weights, from_pretrained
-from recipes.models.configuration import check_text
+from recipes.models.configuration import check_text, scratch_config
 from recipes.models.pretrained import local_folder, pretrained_config
 
 SIZE: dict[str, Any] = {
@@ -283,3 +290,107 @@ def test_a_folder_inside(saved: Path) -> None:
             compose(wrong, 1)
         (problem,) = refused.value.problems
         assert (problem.key, problem.nearest) == (key, nearest)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Change the tensors of a folder's file."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def tied(folder: Path) -> PreTrainedModel:
+    """A folder whose configuration says that head and embedding are one, whose file has both alike; as it is read."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"tie_word_embeddings": True}))
+    model.save_pretrained(folder)
+    rewritten(folder, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    return model
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tie_of_two_tensors(tmp_path: Path, sharded: bool) -> None:
+    """Alike: one. Only the head there: it is the embedding too. Not alike: one would be lost, which is refused."""
+    model = tied(tmp_path)
+    check_weights(on_meta(AutoModelForCausalLM, model.config), tmp_path, None, new_head=False)
+    embedding = "model.embed_tokens.weight"
+    rewritten(tmp_path, lambda tensors: {name: value for name, value in tensors.items() if name != embedding})
+    check_weights(on_meta(AutoModelForCausalLM, model.config), tmp_path, None, new_head=False)
+    torch.testing.assert_close(weights_of(tmp_path, sharded), dict(model.state_dict()), rtol=0, atol=0)
+    rewritten(tmp_path, lambda tensors: tensors | {embedding: tensors["lm_head.weight"] + 1})
+    with pytest.raises(RequestError, match="have other values, and are one tensor by its") as refused:
+        check_weights(on_meta(AutoModelForCausalLM, model.config), tmp_path, None, new_head=False)
+    (problem,) = refused.value.problems
+    assert problem.nearest.startswith("tie_word_embeddings=false in its config.json")
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    expected = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    torch.testing.assert_close(weights_of(tmp_path, sharded), dict(expected), rtol=0, atol=0)
+
+
+def test_weights_that_are_no_values(saved: Path) -> None:
+    """Integers without scales; and names that a wrapper has changed, with advice that works."""
+    whole = on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE))
+    rewritten(saved, lambda tensors: tensors | {"lm_head.weight": (100 * tensors["lm_head.weight"]).to(torch.int8)})
+    with pytest.raises(RequestError, match=r"lm_head.weight is stored as I8, and its config.json names no"):
+        check_weights(whole, saved, None, new_head=False)
+    for prefix in ("module.", "_orig_mod."):
+        rewritten(saved, lambda tensors, prefix=prefix: {f"{prefix}{n}": v.float() for n, v in tensors.items()})
+        with pytest.raises(RequestError, match=f"without '{prefix}', which a wrapper has put before them"):
+            check_weights(whole, saved, None, new_head=False)
+        rewritten(saved, lambda tensors, prefix=prefix: {n.removeprefix(prefix): v for n, v in tensors.items()})
+        check_weights(whole, saved, None, new_head=False)
+
+
+def test_running_means_are_weights() -> None:
+    """Without them a network judges by means of nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+        ResNetForImageClassification(small).save_pretrained(folder)
+        rewritten(Path(folder), lambda tensors: {n: v for n, v in tensors.items() if "num_batches" not in n})
+        whole = on_meta(AutoModelForImageClassification, small)
+        check_weights(whole, Path(folder), None, new_head=False)
+        rewritten(Path(folder), lambda tensors: {n: v for n, v in tensors.items() if "running" not in n})
+        with pytest.raises(RequestError, match=r"its weights lack resnet.embedder.embedder.normalization.running_mean"):
+            check_weights(whole, Path(folder), None, new_head=False)
+
+
+@pytest.mark.parametrize(
+    "settings, key",
+    [
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"max_length": "many"}, "max_length"),
+        ({"bad_words_ids": 5, "num_beams": "3"}, "num_beams"),
+    ],
+)
+def test_how_a_model_writes_texts_is_looked_at_before_the_start(saved: Path, settings: dict, key: str) -> None:
+    """Else `generate` ends in a traceback, behind the training."""
+    (saved / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(RequestError, match=r"generation_config\.json") as refused:
+        check_weights(on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE)), saved, None, new_head=False)
+    assert key in refused.value.render()
+
+
+def test_code_of_strangers_does_not_go_along(saved: Path) -> None:
+    settings = {"custom_generate": "x/y", "trust_remote_code": True, "top_k": 7}
+    (saved / "generation_config.json").write_text(json.dumps(settings))
+    found = hub.generation_config(saved)
+    assert found.top_k == 7 and not {"custom_generate", "trust_remote_code"} & vars(found).keys()
+
+
+@pytest.mark.parametrize("name, value", [("num_hidden_layers", 10**9), ("num_hidden_layers", 10_001)])
+def test_models_without_end_are_refused_at_once(saved: Path, name: str, value: int) -> None:
+    with pytest.raises(RequestError, match="no model has as many"):
+        scratch_config("llama", {**SIZE, name: value})
+    settings = json.loads((saved / "config.json").read_text()) | {name: value}
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(RequestError, match="no model has as many"):
+        pretrained_config(ModelConfig(path=str(saved)))
+
+
+def test_weights_that_are_not_finite_are_called_so(saved: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    (problem,) = check_causal(model, torch.device("cpu"))
+    assert problem.rule == "its weights are not finite: model.norm.weight"
