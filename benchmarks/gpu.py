@@ -61,6 +61,8 @@ class Benchmark:
         self._deadline = time.monotonic() + 60 * float(options["minutes"]) - ENDING_S
         self._children: dict[str, Child] = {}
         self._failed: set[str] = set()
+        self._cut: set[str] = set()
+        """Sub-steps whose own time was not over when all time was."""
         self.seconds: dict[str, float] = {}
 
     def run(self) -> None:
@@ -99,7 +101,7 @@ class Benchmark:
         sub_step = next((s for s in self._beside if s.key == key), None)
         if sub_step is not None:
             self._join(sub_step)
-        return key not in self._failed
+        return key not in self._failed | self._cut
 
     def _join(self, sub_step: SubStep) -> None:
         """Wait for one that runs beside the others."""
@@ -121,6 +123,9 @@ class Benchmark:
         in_time = child.wait(limit_s)
         ok = in_time and child.code() == 0
         over = "" if in_time else f"\nended after its limit of {limit_s:.0f} s"
+        if not in_time and limit_s < sub_step.limit_s:
+            over = f"\nthe time is over (minutes={self._options['minutes']}): it had {limit_s:.0f} s"
+            self._cut.add(sub_step.key)
         self._closing(sub_step, child, ok, "" if ok else child.error() + over)
 
     def _closing(self, sub_step: SubStep, child: Child, ok: bool, error: str) -> None:
@@ -130,9 +135,11 @@ class Benchmark:
         child.end()
         child.log_to(self._out / "gpu.log")
         del self._children[sub_step.key]
-        if not ok:
+        cut = sub_step.key in self._cut
+        if not ok and not cut:
             self._failed.add(sub_step.key)
-        print(f"{sub_step.key}: {'done' if ok else 'FAILED'}, {seconds:.1f} s", file=sys.stderr, flush=True)
+        word = "done" if ok else "out of time" if cut else "FAILED"
+        print(f"{sub_step.key}: {word}, {seconds:.1f} s", file=sys.stderr, flush=True)
         if not ok:
             print(f"  {last_words(error)}", file=sys.stderr, flush=True)
 
@@ -143,6 +150,7 @@ class Benchmark:
         """What was not reached, and what failed."""
         missing = [s.key for s in [*self._left, *self._beside] if s.key not in self.seconds]
         parts = [f"failed: {', '.join(sorted(self._failed))}"] if self._failed else []
+        parts += [f"out of time: {', '.join(sorted(self._cut))}"] if self._cut else []
         parts.append(f"not reached: {', '.join(missing)}" if missing else "all was reached")
         return "; ".join(parts)
 

@@ -22,6 +22,8 @@ FREE = (
     "data.cache_dir", "data.max_dropped", "data.max_unreadable", "data.max_expansion", "data.max_pixels",
     "model.attention",
 )  # fmt: skip
+LENGTH = ("train.steps", "train.epochs")
+"""What the learning rate's schedule ends with."""
 PLACES = ("path", "eval_path", "target_path", "eval_target_path")
 """Keys of a source of rows that say where they are; what they are is compared by their content."""
 SILENT = ("run_dir", "resume", "overwrite", "name")
@@ -75,6 +77,8 @@ def check(found: Checkpoint, cfg: Config, fingerprint: str) -> list[str]:
             problems.append(Problem(key, shown(now), rule, f"{key}={shown(before)}, or a new run (resume=null)"))
         else:
             taken.append(f"{key}: {shown(before)} -> {shown(now)}")
+            if key in LENGTH and cfg.scheduler.name != "constant":
+                taken[-1] += f"; the learning rate goes on as in a run of that length (scheduler={cfg.scheduler.name})"
     if not str(found.manifest["data"]).startswith(ROWS):
         taken.append("data: an earlier version's checkpoint, which does not say which rows it was trained on")
     elif not problems and found.manifest["data"] != fingerprint:

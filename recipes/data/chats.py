@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import Problem, did_you_mean
+from conf.errors import Problem, RequestError, did_you_mean
 from recipes.data.changes import CHANGED, CUT
 from recipes.data.messages import ASSISTANT, TRAIN, Message, tools_of
 from recipes.data.rows import Meter, Row
+from recipes.data.template_bounds import beyond_bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,10 @@ WAYS_OUT = (
     "prompt and completion columns, data.chat_options (such as enable_thinking) if the template has such, or "
     "model.tokenizer=FOLDER with {% generation %} marks in its chat_template"
 )
-REFUSALS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
+REFUSALS = (
+    TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, SyntaxError,
+    MemoryError,
+)  # fmt: skip
 """What templates raise besides jinja's own errors."""
 
 
@@ -83,9 +87,19 @@ class Chats:
         self.tokenizer, self.date, self.options, self.nulls = tokenizer, date, dict(options), nulls
         self.dated = False
         """Whether a template has asked for the date."""
+        self._check_bounds()
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._ends = tuple({str(token) for token in added} | set(tokenizer.all_special_tokens) - {""})
         self._in_parts = not self._writes("probe") and self._writes([{"type": "text", "text": "probe"}])
+
+    def _check_bounds(self) -> None:
+        """Raises RequestError (model.tokenizer) for a template that takes too much."""
+        given = self.tokenizer.chat_template
+        templates = given.values() if isinstance(given, dict) else [given or ""]
+        for template in templates:
+            if (what := beyond_bounds(GENERATION.sub("", template))) is not None:
+                name = str(getattr(self.tokenizer, "name_or_path", ""))
+                raise RequestError(Problem("model.tokenizer", name, f"its chat template {what}", WAYS_OUT))
 
     def texts(self, row: Row, meter: Meter) -> list[Segments]:
         """The texts from which the answers of a chat are learned, one for most templates.

@@ -76,8 +76,10 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
     folder_or_name = folder or package_folder(path) or path
     try:
         config = hub.config(folder_or_name, revision=None if folder else model.revision, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except RequestError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         rule = f"no model configuration there: {reason}"
         raise RequestError(Problem("model.path", path, rule, "a local folder or package:NAME")) from error
     if not model.gguf_file and quantised(config.to_dict()):
