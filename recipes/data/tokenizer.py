@@ -28,6 +28,8 @@ DEFAULT_VOCABULARY = 8192
 """Entries of a tokenizer that is trained on the data, where neither data nor model say how many."""
 SPACE = "▁"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
+LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
+"""A thousand letters of a word that has more of them: no language's, and cut while a vocabulary is made."""
 
 # A forked process inherits the thread pool of `tokenizers` without its threads, and waits for them forever (0.23). Left
 # to itself the library switches them off after a fork with a warning on stderr; here that happens without one.
@@ -57,7 +59,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # Merging takes a time that grows with the square of a word's length: minutes for a word of a million letters.
+    tokenizer.train_from_iterator((LONG_WORD.sub(r"\1 ", text) for text in texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from conf.errors import RequestError
@@ -83,6 +85,13 @@ def test_training_is_deterministic_and_survives_saving(tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(texts)["input_ids"] == first(texts)["input_ids"]
     assert loaded.decode(loaded("a , b .")["input_ids"]) == "a , b ."
+
+
+def test_a_word_without_end():
+    """Merging it took minutes for a tenth of it."""
+    word, started = "x" * 1_000_000, time.monotonic()
+    tokenizer = train_tokenizer(["a few words", word], 300)
+    assert time.monotonic() - started < 20 and tokenizer.decode(tokenizer(word[:5000])["input_ids"]) == word[:5000]
 
 
 def test_digest_ignores_the_latest_call(tokenizer):
