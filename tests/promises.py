@@ -95,8 +95,12 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "No file ends a reader in anything but a refusal, soon and within bounds",
-        "a corpus of hostile files over all readers, and tokenizers",
-        ("recipes/data/test_hostile_files.py",),
+        "a corpus of hostile files over all readers, tokenizers, configurations and chat templates",
+        (
+            "recipes/data/test_hostile_files.py",
+            "recipes/data/test_template_bounds.py",
+            "recipes/models/test_hostile_configurations.py",
+        ),
     ),
     (
         "A byte that changed is noticed: checkpoints, cache, exported models",
