@@ -14,8 +14,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,45 +125,127 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _seen(model: Path, data: DataConfig, rows: str | None) -> Problem | None:
+def _seen(model: Path, data: DataConfig, rows: Mapping[str, Sequence[str]] | None) -> Problem | None:
     """Held-out rows that the run of `model` (its folder, or its `model/`) trained on; None for models of elsewhere.
 
-    rows: what identifies the rows of `data.path` by their content, as the run wrote it into its summary.
+    rows: what identifies the rows by their content, as of `recipes.data.cache.identified` and in the run's summary.
+    Raises RequestError where the run's files do not tell.
     """
-    import yaml
-
+    from recipes.data.sources import overlaps
     from recipes.supervised import APART
 
     run = model if (model / "config.yaml").is_file() else model.parent
     if not ((run / "config.yaml").is_file() and (run / "model").is_dir()):
         return None
-    trained = (yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}).get("data", {})
-    summary = run / "summary.json"
-    known = json.loads(summary.read_text(encoding="utf-8")).get("rows") if summary.is_file() else None
-    alike = known is not None and known == rows
-    there = not any(_place(trained, name) != _place(vars(data), name) for name in ROWS)
-    if not (alike or there) or any(getattr(data, name) for name in APART):
+    trained, now = _trained(run / "config.yaml"), rows or {}
+    known = _known(run / "summary.json") or _found(trained)
+
+    def same(files: str) -> int:
+        """How many of the files that are judged, or of whose rows some are, the run was trained on."""
+        return len(set(now.get(files, ())) & set(known.get("files", ())))
+
+    if apart := [name for name in APART if getattr(data, name)]:
+        if not overlaps(data.kind, same("held_out"), len(now.get("held_out", ()))):
+            return None
+        rule = f"{run} was trained on what is in {'this file' if same('held_out') == 1 else 'these files'}"
+        nearest = f"data.{apart[0]}=…, with rows of its own"
+        return Problem(f"data.{apart[0]}", str(getattr(data, apart[0])), rule, nearest)
+    alike = bool(now.get("sources")) and set(now["sources"]) <= set(known.get("sources", ()))
+    there = not any(_place(trained, name) != _place(vars(data), name) for name in (*ROWS, "mixture"))
+    if not (alike or there or overlaps(data.kind, same("files"), len(now.get("files", ())))):
         return None
-    apart = [f"data.{name}={value}" for name in APART if (value := trained.get(name))]
+    was_apart = [f"data.{name}={value}" for name in APART if (value := trained.get(name))]
     share = float(trained.get("held_out", 0))
-    if apart:
-        rule, nearest = f"{run} was trained on all of these rows, and judged on others", " ".join(apart)
+    if was_apart:
+        rule, nearest = f"{run} was trained on all of these rows, and judged on others", " ".join(was_apart)
     elif data.held_out > share:  # a smaller share is a part of a larger one
         rule, nearest = (
             f"{run} held out {share:g}, and was trained on the rest of these rows",
             f"data.held_out={share:g}",
         )
-    elif known is not None and not alike and rows is not None:
+    elif alike or not now.get("sources") or not known.get("sources"):
+        return None
+    elif there:
         rule = f"{data.path} has changed since {run} was trained on it, and with it which rows are held out"
         nearest = "data.eval_path=FILE, with rows of its own"
     else:
-        return None
+        rule = f"{run} was trained on what is in these files, in other ones, so that others of their rows were held out"
+        nearest = f"data.path={trained.get('path')}, or data.eval_path=FILE with rows of its own"
     return Problem("data.held_out", f"{data.held_out:g}", rule, nearest)
+
+
+def _trained(file: Path) -> dict[str, Any]:
+    """The `data` of a run's config.yaml."""
+    import yaml
+
+    from recipes.supervised import APART
+
+    whole = _mapping(file, yaml.safe_load, "YAML")
+    data = whole.get("data")
+    if not isinstance(data, dict):
+        raise _damaged(file, "data", data, "a mapping")
+    share = data.get("held_out", 0)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise _damaged(file, "data.held_out", share, "a number from 0 to 1")
+    for name in (*ROWS, *APART):
+        if not isinstance(data.get(name), str | None):
+            raise _damaged(file, f"data.{name}", data[name], "a text, or null")
+    return data
+
+
+def _known(file: Path) -> dict[str, list[str]]:
+    """What a run's summary.json says that identifies its rows; nothing of a run that has none yet."""
+    if not file.is_file():
+        return {}
+    rows = _mapping(file, json.loads, "JSON").get("rows")
+    if rows is None or isinstance(rows, str):  # of an earlier version
+        return {}
+    lists = list(rows.values()) if isinstance(rows, dict) else [rows]
+    if not all(isinstance(each, list) and all(isinstance(one, str) for one in each) for each in lists):
+        raise _damaged(file, "rows", rows, "lists of texts")
+    return rows
+
+
+def _found(trained: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The same of the files that a run was trained on, where they still are."""
+    from recipes.data.sources import FileSource
+
+    kind, path = trained.get("kind"), trained.get("path")
+    if not (isinstance(kind, str) and isinstance(path, str)):
+        return {}
+    try:
+        return {"files": FileSource(DataConfig(kind=kind, path=path), "data", 0, None).digests(False)}
+    except (RequestError, OSError):
+        return {}
+
+
+def _mapping(file: Path, parse: Callable[[str], Any], form: str) -> dict[str, Any]:
+    """What is in a file of a run."""
+    import yaml
+
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or f"it is no {form}: {(str(error).splitlines() or [''])[0]}"
+        raise _damaged(file, "", "", reason) from None
+    if not isinstance(found, dict):
+        raise _damaged(file, "", "", f"it must be a mapping in {form}, it is {json.dumps(found, default=str)[:40]}")
+    return found
+
+
+def _damaged(file: Path, key: str, value: Any, wrong: str) -> RequestError:
+    """The run's files do not tell what it was trained on. wrong: what a value must be, or what is wrong with a file."""
+    said = f"{key} is {json.dumps(value, default=str)[:40]}, it must be {wrong}" if key else wrong
+    rule = f"damaged, so that it does not tell which rows the model was trained on: {said}"
+    nearest = "the file as the run wrote it, or a copy of the run's model/ elsewhere, which is judged without asking"
+    return RequestError(Problem(str(file), "", rule, nearest))
 
 
 def _place(data: Mapping[str, Any], name: str) -> Any:
     """A value of `data`; of a path, where it is."""
     value = data.get(name)
+    if name == "mixture":
+        return [asdict(one) if is_dataclass(one) else one for one in value or ()]  # type: ignore[arg-type]
     return str(Path(value).expanduser().resolve()) if name in PATHS and value else value
 
 

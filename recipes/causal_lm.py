@@ -47,7 +47,13 @@ class CausalLM(Recipe):
 
         model, data = self.cfg.model, self.cfg.data
         sources = open_sources(data) if not self.finished else []
-        if both := [problem for source in sources if (problem := source.in_both_splits(sources))]:
+        try:
+            both = [problem for source in sources if (problem := source.in_both_splits(sources))]
+        except OSError as error:
+            raise RequestError(
+                Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
+            ) from error
+        if both:
             raise RequestError(both)
         self._folder = local_folder(model, progress) if model.path else None
         tokenizer = None

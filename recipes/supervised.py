@@ -188,7 +188,7 @@ class Supervised(Recipe):
         return kind(data, "data", data.held_out, data.max_files, wanted)
 
     def prepare(self, progress: Progress | None = None) -> None:
-        from recipes.data.cache import key_of
+        from recipes.data.cache import identified, key_of
         from recipes.data.store import ROWS, default_cache_dir
         from recipes.models.pretrained import local_folder
 
@@ -197,20 +197,19 @@ class Supervised(Recipe):
         root = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
         self._folder = local_folder(cfg.model, progress) if cfg.model.path else None
         source = self.source()
-        if not self.finished and (problem := source.in_both_splits()):
-            raise RequestError(problem)
         settings = {name: value for name, value in asdict(data).items() if name not in NOT_OF_ROWS}
         try:
+            if not self.finished and (problem := source.in_both_splits()):
+                raise RequestError(problem)
             content = source.fingerprint()
             fingerprint = key_of(FORMAT, cfg.task, settings, content)
-            apart = any(getattr(data, name) for name in APART)
-            alone = replace(data, eval_path=None, eval_split=None, eval_target_path=None)
-            of_training = self.source(alone).fingerprint() if apart else content
             self.labels, self._counts = self._find_labels(root, source, fingerprint)
             changes = reported(self._rewritten, source.name, source.origins())
             depends = self.ready(root, source, fingerprint, report)
             name = f"examples-{key_of(fingerprint, self.labels, depends)}"
             store = encoded(root, name, source, self.ARRAYS, self.encode, report, self.reading(), self.measure)
+            alone = self.source(replace(data, eval_path=None, eval_split=None, eval_target_path=None))
+            rows = identified(root, [source], [alone], [content])
         except OSError as error:
             raise RequestError(
                 Problem(str(error.filename or "data"), "", f"cannot be read ({error.strerror})")
@@ -231,7 +230,7 @@ class Supervised(Recipe):
             problems := readable.check_readable(unreadable, data.max_unreadable, self._folder is not None)
         ):
             raise RequestError(problems)
-        self.report["rows"] = key_of(of_training)
+        self.report["rows"] = rows
         for split in SPLITS:
             if not store.facts[split]:
                 rule = f"the {split.replace('_', '-')} split has no rows"

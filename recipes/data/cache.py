@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from recipes.data.order import MixedDataset, SampleOrder
 from recipes.data.packing import Packing, SequenceSet, Tokens, pack, widths
 from recipes.data.readable import Reading
 from recipes.data.rows import Meter, Problems, Row, column_keys, fills_up
-from recipes.data.sources import Source, open_sources
+from recipes.data.sources import REMEMBERED, Source, open_source, open_sources
 from recipes.data.store import ROWS, ArrayWriter, Entry, default_cache_dir, entry, writing
 from recipes.data.tokenizer import id_count, tokenizer_digest, train_tokenizer
 from recipes.durable import new_file
@@ -107,7 +107,8 @@ def prepare(
     root = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
     sources, own = open_sources(data), tokenizer is None
     try:
-        fingerprints = [_fingerprint(source, data) for source in sources]
+        contents = [source.fingerprint() for source in sources]
+        fingerprints = [_fingerprint(*each, data) for each in zip(sources, contents, strict=True)]
         if tokenizer is None:
             tokenizer = _trained(root, sources, fingerprints, vocab_size, report_to)
         stores = _tokenised(root, sources, fingerprints, tokenizer, data, own, report_to)
@@ -126,11 +127,13 @@ def prepare(
     def sequences(parts: list[tuple[Tokens, Packing]]) -> SequenceSet:
         return SequenceSet(parts, data.seq_length, data.packing, pad)
 
+    rows = identified(root, sources, [_without_held_out(source, data) for source in sources], contents)
     train = [sequences([parts["train"]]) for parts in packed]
     held_out = sequences([parts["held_out"] for parts in packed])
     report = {
         "vocab_size": id_count(tokenizer),
         "fingerprint": ROWS + key_of(*(store.content for store in stores)),
+        "rows": rows,
         "sources": [_source_report(*item, data) for item in zip(sources, packed, strict=True)],
         "changes": [change for found in changes for change in found],
         "unreadable": [
@@ -141,9 +144,33 @@ def prepare(
     return Prepared(train, [source.config.weight for source in sources], held_out, tokenizer, report, seed)
 
 
-def _fingerprint(source: Source, data: DataConfig) -> str:
+def identified(
+    root: Path, sources: Sequence[Source], training: Sequence[Source], fingerprints: Sequence[str]
+) -> dict[str, list[str]]:
+    """What a run remembers of its rows, so that they are known again under any name: {"sources": what identifies the
+    rows of each source and their split, "files" and "held_out": the content of its files, as of `Source.digests`}.
+
+    training: the sources without what is held out apart. fingerprints: those of `sources`.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        files = {
+            name: sorted({content for source in sources for content in source.digests(held_out)})[:REMEMBERED]
+            for name, held_out in (("files", False), ("held_out", True))
+        }
+        return {"sources": [key_of(source.identity()) for source in training], **files}
+
+    name = key_of(FORMAT, [source.config.kind for source in sources], list(fingerprints))
+    return entry(root, f"contents-{name}", build).facts
+
+
+def _without_held_out(source: Source, data: DataConfig) -> Source:
+    return open_source(replace(source.config, eval_path=None, eval_split=None), source.key, data)
+
+
+def _fingerprint(source: Source, content: str, data: DataConfig) -> str:
     settings = {name: getattr(source.config, name) for name in FORMAT_KEYS}
-    return key_of(FORMAT, settings, data.held_out, source.fingerprint())
+    return key_of(FORMAT, settings, data.held_out, content)
 
 
 def _trained(

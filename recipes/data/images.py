@@ -86,6 +86,9 @@ class IdxSource(FileSource):
         names = ("eval_path", "eval_target_path") if held_out else ("path", "target_path")
         return [self._one_file(name, getattr(self.config, name)) for name in names]
 
+    def inputs(self, held_out: bool) -> list[Path]:
+        return super().inputs(held_out)[:1]
+
     def read(self, problems: Problems, meter: Meter) -> Iterator[Row]:
         by_index = self.config.eval_path is None
         for split in (False,) if by_index else (False, True):

@@ -6,6 +6,7 @@ Which documents are held out is a pure function of a file's relative path (stdli
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import os
@@ -19,13 +20,19 @@ from conf.schema import DataConfig, SourceConfig
 from recipes.data.changes import DROPPED, PASSED_OVER
 from recipes.data.readers import delimiter, first_columns, read_document, read_python, read_records
 from recipes.data.rows import Fields, Meter, Problems, Row, column_keys, missing_columns, text_fields
-from recipes.data.streams import COMPRESSED, FileFormat
+from recipes.data.streams import COMPRESSED, BrokenFileError, FileFormat, open_bytes
 
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """What is read of a folder, each also compressed (`.gz`, `.xz`, `.bz2`, `.zst`); text takes all that is not hidden."""
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 """Not every distribution installs the library's own tests, and some of them are in broken encodings on purpose; the
 tables of `encodings` are generated, and so regular that a held-out split with more of them would look learned."""
+FILES_ARE_ROWS = ("stdlib", "text", "images")
+"""Kinds of which a file is a row: one that is there twice (a licence, a picture of MNIST) does not make two splits one.
+"""
+REMEMBERED = 1000
+"""Files of which a run remembers the content. Those with the smallest digests: of two folders with the same files they
+are the same ones."""
 
 
 class Source:
@@ -52,6 +59,14 @@ class Source:
 
     def origins(self) -> list[str]:
         """What the places of rows begin with (files, training ones first), in an order that names do not change."""
+        return []
+
+    def identity(self) -> str:
+        """What identifies the training rows and which of them are held out, wherever they are read, packed or not."""
+        return self.fingerprint()
+
+    def digests(self, held_out: bool) -> list[str]:
+        """What identifies the content of each file of a split, whatever its name; none of rows that are in no files."""
         return []
 
     def size(self) -> int:
@@ -83,7 +98,39 @@ class FileSource(Source):
             if key := trained.get(_identity(path)):
                 rule = f"{name} is among the training files of {key}.path, too: held-out rows would be learned"
                 return Problem(f"{self.key}.eval_path", str(self.config.eval_path), rule, "files of its own, or null")
-        return None
+        return self._same_content(others) if self.config.eval_path is not None else None
+
+    def _same_content(self, others: Sequence[Source]) -> Problem | None:
+        """The same for files that have another name, or are packed."""
+        known = {
+            content: (source, path)
+            for source in (self, *others) if isinstance(source, FileSource)
+            for path in source.inputs(False) if (content := source.content(path))
+        }  # fmt: skip
+        mine = [(path, content) for path in self.inputs(True) if (content := self.content(path))]
+        same = [(path, *known[content]) for path, content in mine if content in known]
+        if not overlaps(self.config.kind, len(same), len(mine)):
+            return None
+        path, source, other = same[0]
+        rule = f"{path} holds what {other} holds, of {source.key}.path: held-out rows would be learned"
+        return Problem(f"{self.key}.eval_path", str(self.config.eval_path), rule, "files of its own, or null")
+
+    def inputs(self, held_out: bool) -> list[Path]:
+        """The files of a split whose content tells rows apart: not those of labels alone."""
+        return [path for _, path in self.files(held_out)]
+
+    def content(self, path: Path) -> str:
+        """What identifies the content of a file, packed or not; empty where it has none."""
+        status = path.stat()
+        return _content(path, self.form, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def identity(self) -> str:
+        files = self.files(False)
+        parts = [(name if len(files) > 1 else "", self.content(path)) for name, path in files]  # as in `fingerprint`
+        return f"{type(self).__name__} {parts}"
+
+    def digests(self, held_out: bool) -> list[str]:
+        return sorted({content for path in self.inputs(held_out) if (content := self.content(path))})[:REMEMBERED]
 
     def check(self) -> list[Problem]:
         problems = Problems()
@@ -294,6 +341,28 @@ def _identity(path: Path) -> tuple[int, int]:
     """The same for all names of a file, links of both kinds."""
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+@functools.lru_cache(1 << 16)
+def _content(path: Path, form: FileFormat, size: int, modified: int, inode: int) -> str:
+    """What identifies the unpacked bytes of a file; of one that is damaged, the bytes that are there."""
+    if not size:
+        return ""
+    digest = hashlib.sha256()
+    stream, raw = open_bytes(path, form)
+    with raw, stream:
+        try:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        except BrokenFileError:
+            raw.seek(0)
+            digest = hashlib.file_digest(raw, "sha256")  # type: ignore[arg-type]
+    return digest.hexdigest()[:16]
+
+
+def overlaps(kind: str, same: int, files: int) -> bool:
+    """Whether files of a kind of which so many are known hold rows that are known."""
+    return 2 * same >= files > 0 if kind in FILES_ARE_ROWS else same > 0
 
 
 def held_out_row(index: int, share: float) -> bool:

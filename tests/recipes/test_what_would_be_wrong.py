@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -225,10 +227,11 @@ def test_rows_that_a_run_was_trained_on(tmp_path: Path) -> None:
     (run / "model").mkdir(parents=True)
     trained = DataConfig(kind="csv", path=str(file), held_out=0.2)
     (run / "config.yaml").write_text(json.dumps({"data": {**vars(trained)}}))
-    (run / "summary.json").write_text(json.dumps({"rows": "abc"}))
+    (run / "summary.json").write_text(json.dumps({"rows": {"sources": ["abc", "xyz"], "files": ["1", "2"]}}))
 
-    def key(rows: str, **changes: Any) -> str | None:
-        problem = _seen(run / "model", DataConfig(**{**vars(trained), **changes}), rows)
+    def key(rows: str, files: str = "", held_out_files: str = "", **changes: Any) -> str | None:
+        found = {"sources": [rows], "files": list(files), "held_out": list(held_out_files)}
+        problem = _seen(run / "model", DataConfig(**{**vars(trained), **changes}), found)
         return problem and problem.rule
 
     assert key("abc") is None and key("abc", held_out=0.1) is None and key("abc", eval_path="other.csv") is None
@@ -237,6 +240,58 @@ def test_rows_that_a_run_was_trained_on(tmp_path: Path) -> None:
     assert "held out 0.2" in str(key("abc", held_out=0.4, path=f"{tmp_path}/run/../rows.csv"))
     assert "has changed" in str(key("other"))
     assert key("other", path="elsewhere.csv", held_out=0.9) is None
+    assert "in other ones" in str(key("other", "23", path="elsewhere.csv"))
+    assert "held out 0.2" in str(key("other", "23", path="elsewhere.csv", held_out=0.9))
+    assert key("other", "345", path="elsewhere", kind="text") is None  # a licence, perhaps
+    assert "trained on what is in this file" in str(key("abc", held_out_files="2", eval_path="copy.csv"))
+    assert key("abc", "12", "3", eval_path="copy.csv") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.yaml", "[1,", "no YAML"), ("config.yaml", "5", "must be a mapping"),
+        ("config.yaml", "data: null", "data is null"), ("config.yaml", "data: {held_out: many}", "data.held_out is"),
+        ("config.yaml", "data: {held_out: .nan}", "data.held_out is"), ("config.yaml", "", "must be a mapping"),
+        ("config.yaml", "data: {path: [1]}", "data.path is [1]"), ("config.yaml", b"\xff", "no YAML"),
+        ("summary.json", '{"rows":', "no JSON"), ("summary.json", "[]", "must be a mapping"),
+        ("summary.json", "", "no JSON"), ("summary.json", '{"rows": {"files": 3}}', "rows is"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_does_not_tell_what_it_was_trained_on(
+    tmp_path: Path, name: str, content: str | bytes, says: str
+) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text("data: {kind: csv, held_out: 0.2}")
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RequestError) as caught:
+        _seen(run, DataConfig(kind="csv", path="rows.csv"), None)
+    assert f"error: {run / name}: damaged" in str(caught.value) and says in str(caught.value)
+
+
+@pytest.mark.parametrize("task", [TASK, "causal_lm"])
+def test_the_same_rows_under_another_name_are_known(tmp_path: Path, task: str) -> None:
+    """By a run of any task, packed or not, and by the check of the splits of one run."""
+    rows = TEXTS * 4
+    first = recipe_class(task)(config(tmp_path, task, rows))
+    first.prepare()
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "copy.jsonl").write_bytes(content)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(content))
+    for name in ("copy.jsonl", "packed.jsonl.gz"):
+        again = config(tmp_path, task, rows)
+        again.data.path = str(tmp_path / name)
+        recipe = recipe_class(task)(again)
+        recipe.prepare()
+        assert recipe.report["rows"] == first.report["rows"] and first.report["rows"]["files"]
+        with pytest.raises(RequestError, match=rf"{name} holds what .*rows\.jsonl holds"):
+            recipe_class(task)(config(tmp_path, task, rows, eval_path=str(tmp_path / name))).prepare()
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.yaml").write_text(json.dumps({"data": vars(config(tmp_path, task, rows).data)}))
+    problem = _seen(run, replace(recipe.cfg.data, held_out=0.9), recipe.report["rows"])
+    assert problem and "was trained on the rest of these rows" in problem.rule  # the summary does not say it: the file
 
 
 def test_the_step_whose_model_was_kept(tmp_path: Path) -> None:
