@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import tempfile
 import time
@@ -406,14 +405,14 @@ def saves_on_a_full_disk(rank: int, world: int, folder: Path) -> list[Any]:
     Path.rename = no_rename  # type: ignore[method-assign]
     found.append(save(2))
     Path.rename = rename  # type: ignore[method-assign]
-    dump = json.dump
+    write = Path.write_bytes
 
-    def no_manifest(*args: Any, **kwargs: Any) -> None:
+    def no_manifest(self: Path, data: bytes) -> int:
         raise Full
 
-    json.dump = no_manifest
+    Path.write_bytes = no_manifest  # type: ignore[method-assign]
     found.append(save(2))
-    json.dump = dump
+    Path.write_bytes = write  # type: ignore[method-assign]
     found += [save(2), save(2)]
     if rank == 0:  # killed between the two renames of the second one
         whole = folder / "step_00000002"
