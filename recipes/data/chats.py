@@ -10,21 +10,22 @@ is not are learned from a text of their own, which ends with them.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import Problem, RequestError, did_you_mean
-from recipes.data.changes import CHANGED, CUT
+from recipes.data.bounded import MEMORY, BoundError, bounded, step
+from recipes.data.changes import CHANGED, CUT, Change
 from recipes.data.messages import ASSISTANT, TRAIN, Message, tools_of
 from recipes.data.rows import Meter, Row
-from recipes.data.template_bounds import beyond_bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,11 +49,19 @@ WAYS_OUT = (
     "prompt and completion columns, data.chat_options (such as enable_thinking) if the template has such, or "
     "model.tokenizer=FOLDER with {% generation %} marks in its chat_template"
 )
-REFUSALS = (
-    TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, SyntaxError,
-    MemoryError,
-)  # fmt: skip
-"""What templates raise besides jinja's own errors."""
+BROKEN: dict[type[Exception], str] = {
+    MemoryError: f"needs more than {MEMORY >> 30} GiB of memory",
+    RecursionError: "is nested too deeply, or calls itself", SyntaxError: "is nested too deeply",
+}  # fmt: skip
+"""What is raised by a template that can write no chat, or should not be let to, and what it is."""
+LONGEST = 1 << 26
+"""Characters that a template may write of one chat."""
+ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+MEANT = {
+    "user": ("human",),
+    ASSISTANT: ("bot", "chatbot", "ai", "model", "gpt", "chatgpt", "llm"),
+}
+"""Role → what other tools call it."""
 
 
 class ChatError(Exception):
@@ -61,6 +70,10 @@ class ChatError(Exception):
     def __init__(self, rule: str, nearest: str = ""):
         super().__init__(rule)
         self.nearest = nearest
+
+
+class BrokenTemplateError(Exception):
+    """The template itself is of no use."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ class Answer:
 class Chats:
     """Writes chats with the template of a tokenizer. date: what templates are told that today is.
 
-    options: what else they are told. nulls: as of `messages.check_chat`.
+    options: what else they are told. nulls: as of `messages.check_chat`. Templates run within the bounds of
+    `bounded.py`; RequestError names one that does not keep to them.
     """
 
     def __init__(
@@ -87,19 +101,42 @@ class Chats:
         self.tokenizer, self.date, self.options, self.nulls = tokenizer, date, dict(options), nulls
         self.dated = False
         """Whether a template has asked for the date."""
-        self._check_bounds()
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._ends = tuple({str(token) for token in added} | set(tokenizer.all_special_tokens) - {""})
-        self._in_parts = not self._writes("probe") and self._writes([{"type": "text", "text": "probe"}])
+        self._in_parts = False
+        self._in_parts = self._bounded(lambda content: self._reads_parts(), [""], ["a chat"])[0]
 
-    def _check_bounds(self) -> None:
-        """Raises RequestError (model.tokenizer) for a template that takes too much."""
-        given = self.tokenizer.chat_template
-        templates = given.values() if isinstance(given, dict) else [given or ""]
-        for template in templates:
-            if (what := beyond_bounds(GENERATION.sub("", template))) is not None:
-                name = str(getattr(self.tokenizer, "name_or_path", ""))
-                raise RequestError(Problem("model.tokenizer", name, f"its chat template {what}", WAYS_OUT))
+    def written(self, rows: Sequence[Row]) -> list[tuple[list[Segments] | ChatError, list[Change]]]:
+        """Of each row the texts from which its answers are learned, or why there are none; and what `texts` noted."""
+        return self._bounded(self._texts_and_changes, rows, [row.where for row in rows])
+
+    def _texts_and_changes(self, row: Row) -> tuple[list[Segments] | ChatError, list[Change]]:
+        meter = Meter()
+        try:
+            return self.texts(row, meter), list(meter.changes.values())
+        except ChatError as error:
+            return error, []
+
+    def _bounded(self, work: Callable[[Any], Any], items: Sequence[Any], wheres: Sequence[str]) -> list[Any]:
+        """What `work` makes of each item, where the template ends. wheres: what to call the items."""
+        found: list[Any] = []
+
+        def guarded(item: Any) -> Any:
+            try:
+                return work(item)
+            except BrokenTemplateError as error:
+                return error
+
+        try:
+            for each in bounded(guarded, items):
+                if isinstance(each, BrokenTemplateError):
+                    raise BoundError(len(found), str(each))
+                found.append(each)
+        except BoundError as error:
+            nearest = "model.tokenizer=FOLDER with another chat_template in it"
+            where = f"chat_template of {self.tokenizer.name_or_path or 'the tokenizer'}"
+            raise RequestError(Problem(where, "", f"{error}, with {wheres[error.number]}", nearest)) from None
+        return found
 
     def texts(self, row: Row, meter: Meter) -> list[Segments]:
         """The texts from which the answers of a chat are learned, one for most templates.
@@ -110,6 +147,7 @@ class Chats:
         if problems:
             raise ChatError(problems[0].rule, problems[0].nearest)
         messages = [{key: value for key, value in one.items() if key != TRAIN} for one in row.content["messages"]]
+        self._check_roles(messages, tools)
         self.dated = False
         whole, spans = self._render(messages, tools)
         if not whole:
@@ -138,6 +176,18 @@ class Chats:
             )
             meter.note(CHANGED, what, row.where)
         return documents
+
+    def _check_roles(self, messages: Sequence[Message], tools: list[Any]) -> None:
+        """Raises ChatError for a role that is meant to be another one, which is learned, or known to the template."""
+        template = self.tokenizer.get_chat_template(None, tools or None)
+        for number, role in enumerate((message["role"] for message in messages), 1):
+            meant = meant_role(role)
+            if meant == ASSISTANT:
+                rule = f"message {number} is of role {role!r}, and only what the {ASSISTANT} says is learned"
+                raise ChatError(rule, f'"role": "{meant}"')
+            if meant and not re.search(rf"""(['"]){re.escape(role)}\1""", template):
+                raise ChatError(f"message {number} is of role {role!r}, which the template does not know",
+                                f'"role": "{meant}"')  # fmt: skip
 
     def _answer(self, messages: Sequence[Message], number: int, tools: list[Any]) -> Answer:
         """The turn `number`, in the conversation up to it."""
@@ -212,8 +262,6 @@ class Chats:
 
         upto: how many messages of a chat these are, where they are not all.
         """
-        import jinja2
-
         given = [
             {**message, "content": self._content(message["content"])} if "content" in message else message
             for message in messages
@@ -223,12 +271,20 @@ class Chats:
             template = self.tokenizer.get_chat_template(None, tools or None)
             marked = _with_visible_marks(template)
             with self._today(template):
+                step()
                 text = str(self.tokenizer.apply_chat_template(given, chat_template=template, **options))
+            if len(text) > LONGEST:
+                raise BrokenTemplateError(f"writes {len(text):,} characters")
             if marked == template:
                 return text, None
             with self._today(marked):
+                step()
                 other = str(self.tokenizer.apply_chat_template(given, chat_template=marked, **options))
-        except (jinja2.TemplateError, *REFUSALS) as error:
+        except BrokenTemplateError:
+            raise
+        except tuple(BROKEN) as error:
+            raise BrokenTemplateError(next(rule for kind, rule in BROKEN.items() if isinstance(error, kind))) from error
+        except Exception as error:  # templates are programs, and raise what programs raise
             which = f"its first {upto} messages" if upto else "this chat"
             raise ChatError(f"the chat template refuses {which}: {error}") from error
         spans = _spans(other)
@@ -265,8 +321,11 @@ class Chats:
         """A content in the shape that the template reads."""
         return [{"type": "text", "text": text}] if self._in_parts and isinstance(text, str) else text
 
+    def _reads_parts(self) -> bool:
+        """Whether the template reads contents that are lists of parts, and no others."""
+        return not self._writes("probe") and self._writes([{"type": "text", "text": "probe"}])
+
     def _writes(self, content: Any) -> bool:
-        self._in_parts = False
         try:
             return "probe" in self._render([{"role": "user", "content": content}], [])[0]
         except ChatError:
@@ -287,6 +346,15 @@ def unread_option(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
     return None
 
 
+def meant_role(role: str) -> str:
+    """The role that this one, which is not known as it is, stands for by all appearances; empty where there is none."""
+    name = role.strip().casefold()
+    if role in ROLES or role in ("function", ""):
+        return ""
+    other = next((meant for meant, names in MEANT.items() if name in names), "")
+    return other or next(iter(difflib.get_close_matches(name, ROLES, 1, 0.8)), "")
+
+
 def _undeclared(template: str) -> set[str]:
     """Names that a template reads and does not set."""
     import jinja2.meta
@@ -296,7 +364,7 @@ def _undeclared(template: str) -> set[str]:
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         return jinja2.meta.find_undeclared_variables(environment.parse(source))
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, RecursionError):
         return set()
 
 

@@ -117,12 +117,12 @@ class Encoder:
         """The texts of each chat, whose parts are encoded apart: generation starts from a prompt encoded alone, so the
         boundary is exact."""
         texts: list[list[Segments]] = []
-        for row in rows:
-            try:
-                texts.append(self.chats.texts(row, meter))
-            except ChatError as error:
-                texts.append([])
-                problems.add(Problem(row.where, "", str(error), error.nearest))
+        for row, (found, changes) in zip(rows, self.chats.written(rows), strict=True):
+            texts.append([] if isinstance(found, ChatError) else found)
+            if isinstance(found, ChatError):
+                problems.add(Problem(row.where, "", str(found), found.nearest))
+            for change in changes:
+                meter.note(change.effect, change.what, change.first)
         if self.prefixes and self.tokenizer.is_fast:
             return [[self._by_offsets(one) for one in each] for each in texts]
         ids = iter(self._ids([part for each in texts for one in each for part, _ in one], special=False))

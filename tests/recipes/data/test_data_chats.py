@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 
 import pytest
 from chat_templates import CHATML, GEMMA, LLAMA3, MARKED, MISTRAL, OPENS_THINKING, QWEN3, ZEPHYR
 
 from conf.errors import RequestError
+from recipes.data import bounded
 from recipes.data.cache import prepare
 from recipes.data.changes import lines
 from recipes.data.encode import Encoder
@@ -332,3 +335,75 @@ def test_the_day_does_not_change_rows(write, config, chat_tokenizer):
     assert "Today Date: 26 Jul 2024" in found and "data.chat_date=2024-07-26" in said[0]
     assert "Today Date: 01 Feb 2026" in text(chat_date="2026-02-01")[0]
     assert "Jul 2024" not in chat_tokenizer.apply_chat_template(TWO, tokenize=False)  # the clock is as it was
+
+
+# Templates that are of no use
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for a in range(30000) %}{% for b in range(30000) %}{% endfor %}{% endfor %}", "takes more than"),
+        ("{{ 10 ** (10 ** 9) }}", "takes more than"),
+        ("{{ 'x' * 10000000000 }}", "1 GiB of memory"),
+        ("{{ '%1000000000d' % 1 }}", "1 GiB of memory"),
+        ("{{ 'x'.ljust(100000000) }}", "writes 100,0"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself"),
+    ],
+)
+@pytest.mark.parametrize("when", ["", "{% if messages | length > 1 %}"])
+def test_a_template_ends(chat, monkeypatch, template, says, when):
+    """Also one that only does it with some chat."""
+    monkeypatch.setattr(bounded, "SECONDS", 0.3 if says.startswith("takes") else 5.0)
+    monkeypatch.setattr(bounded, "MEMORY", 1 << 29 if says.startswith("1 GiB") else 1 << 30)
+    said = refused(chat, CHATML + when + template + ("{% endif %}" if when else ""), TWO)
+    assert said.startswith("error: chat_template of ") and says in said
+    compiled = not template.startswith(("{{ (", "{{ 10"))
+    assert ("with f:1" if when and compiled else "with a chat") in said
+
+
+def test_work_that_is_bounded():
+    assert list(bounded.bounded(str, [])) == [] and list(bounded.bounded(lambda n: n + 1, [1, 2])) == [2, 3]
+    begun = bounded.bounded(lambda n: n, range(10**6))
+    assert next(begun) == 0
+    begun.close()
+    ended = bounded.bounded(lambda n: os.kill(os.getpid(), signal.SIGSEGV) if n else n, [0, 1])
+    assert next(ended) == 0
+    with pytest.raises(bounded.BoundError, match="SIGSEGV") as caught:
+        next(ended)
+    assert caught.value.number == 1
+    with pytest.raises(ChildProcessError):  # none is left
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [
+        ("Assistant", "assistant"), ("assistant ", "assistant"), ("bot", "assistant"), ("AI", "assistant"),
+        ("model", "assistant"), ("gpt", "assistant"), ("asistant", "assistant"), ("human", "user"), ("User", "user"),
+        ("SYSTEM", "system"), ("narrator", ""), ("observation", ""), ("ipython", ""), ("function", ""),
+    ],
+)  # fmt: skip
+def test_a_role_that_is_meant_to_be_another(chat, role, meant):
+    """Its turns would not be learned, or be written as no model has seen them."""
+    messages = [ASK, ANSWER, {"role": role, "content": "Six."}]
+    if not meant:
+        assert chat(CHATML, messages)[0][0][1] == ["Four.<|im_end|>"]
+        return
+    said = refused(chat, CHATML, messages)
+    assert f"f:1: message 3 is of role {role!r}" in said and f'try: "role": "{meant}"' in said
+    own = CHATML + "{% if 'human' == 'model' %}{% endif %}"
+    if role == "human":  # this template has them
+        assert chat(own, messages)[0][0][1] == ["Four.<|im_end|>"]
+    if role == "model":  # and would learn nothing of them
+        assert "message 3" in refused(chat, own, messages)
+
+
+def test_chats_of_which_nothing_is_learned_are_refused(write, config, chat_tokenizer):
+    rows = [{"messages": [ASK, {"role": "narrator", "content": "Four."}]}] * 8
+    data = config(kind="jsonl", path=str(write("r.jsonl", rows)), messages="messages", max_dropped=1)
+    for limit, says in ((0.05, "8 of 8 rows are dropped"), (1, "no row of the train split has a supervised token")):
+        data.max_dropped = limit
+        with pytest.raises(RequestError, match=says):
+            prepare(data, chat_tokenizer, seed=0)
