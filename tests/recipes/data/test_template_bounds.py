@@ -9,6 +9,7 @@ import pytest
 from conftest import CHATML
 
 from conf.errors import RequestError
+from recipes.data import bounded
 from recipes.data.chats import ChatError, Chats
 from recipes.data.rows import Row
 
