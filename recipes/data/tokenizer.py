@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,9 @@ END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 DEFAULT_VOCABULARY = 8192
 """Entries of a tokenizer that is trained on the data, where neither data nor model say how many."""
+LONG = 1024
+"""Characters of a word, or of space, from which on one is cut where it is learned from. tokenizers 0.23 looks for the
+pairs of a word anew after each merge: one of 3 million letters would take an hour."""
 SPACE = "▁"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
@@ -59,8 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Merging takes a time that grows with the square of a word's length: minutes for a word of a million letters.
-    tokenizer.train_from_iterator((LONG_WORD.sub(r"\1 ", text) for text in texts), trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _without_long_words(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -68,6 +70,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,  # cleaning would take spaces out of " ." and so not give the text back
     )
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """A text in pieces, which has no word or space of 2 * LONG characters; in one where it has none of LONG."""
+    start = 0
+    for at in range(0, len(text) - LONG + 1, LONG):
+        block = text[at : at + LONG]
+        ends_in_space = block[0].isspace() or block[-1].isspace()
+        if block.isspace() or not (ends_in_space or len(block.split(None, 1)) > 1):
+            yield text[start : at + LONG]
+            start = at + LONG
+    yield text[start:]
 
 
 def load_tokenizer(path: str, key: str = "model.tokenizer", revision: str | None = None) -> PreTrainedTokenizerBase:

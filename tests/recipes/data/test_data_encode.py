@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -10,7 +11,15 @@ from conf.errors import RequestError
 from recipes.data import encode
 from recipes.data.encode import Encoder, cut
 from recipes.data.rows import Meter, Problems, Row
-from recipes.data.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_digest, train_tokenizer
+from recipes.data.tokenizer import (
+    END_OF_TEXT,
+    LONG,
+    _without_long_words,
+    load_tokenizer,
+    token_bytes,
+    tokenizer_digest,
+    train_tokenizer,
+)
 
 TALK = [
     {"role": "system", "content": "be brief"},
@@ -237,3 +246,17 @@ def test_no_template_names_the_alternative(tokenizer):
     with pytest.raises(RequestError) as caught:
         encoded(tokenizer, {"messages": TALK})
     assert "data.messages=messages" in str(caught.value) and "data.prompt=" in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", ["x", " ", "字"])
+def test_a_word_of_a_file_s_length_is_cut_where_it_is_learned_from(sign):
+    """A tokenizer would take minutes for this one: the time of tokenizers 0.23 is the square of a word's length."""
+    long = sign * 10 * LONG + "and the rest\n" * 9
+    for text in (long, f"a few {sign} of {sign * (LONG - 1)} words " * 9, "", "short"):
+        pieces = list(_without_long_words(text))
+        assert "".join(pieces) == text and (len(pieces) > 1) == (text == long)
+        assert max(map(len, re.findall(r"\S+|\s+", " ".join(pieces).strip())), default=0) < 2 * LONG
+    began = time.process_time()
+    trained = train_tokenizer([sign * 300_000, "the quick brown fox " * 20], 300)
+    assert time.process_time() - began < 10
+    assert trained.decode(trained(long)["input_ids"]) == long
