@@ -31,8 +31,6 @@ LONG = 1024
 pairs of a word anew after each merge: one of 3 million letters would take an hour."""
 SPACE = "▁"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
-LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
-"""A thousand letters of a word that has more of them: no language's, and cut while a vocabulary is made."""
 
 # A forked process inherits the thread pool of `tokenizers` without its threads, and waits for them forever (0.23). Left
 # to itself the library switches them off after a fork with a warning on stderr; here that happens without one.

@@ -96,13 +96,6 @@ def test_training_is_deterministic_and_survives_saving(tmp_path):
     assert loaded.decode(loaded("a , b .")["input_ids"]) == "a , b ."
 
 
-def test_a_word_without_end():
-    """Merging it took minutes for a tenth of it."""
-    word, started = "x" * 1_000_000, time.monotonic()
-    tokenizer = train_tokenizer(["a few words", word], 300)
-    assert time.monotonic() - started < 20 and tokenizer.decode(tokenizer(word[:5000])["input_ids"]) == word[:5000]
-
-
 def test_digest_ignores_the_latest_call(tokenizer):
     before = tokenizer_digest(tokenizer)
     tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
