@@ -23,8 +23,16 @@ from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
 from recipes.data import readable
-from recipes.data.changes import CHANGED, check_dropped, lines, recorded, reported
-from recipes.data.classes import class_names, in_order, near_duplicates, normalised, order_of_classes
+from recipes.data.changes import CHANGED, DOUBTFUL, check_dropped, lines, recorded, reported
+from recipes.data.classes import (
+    class_names,
+    doubtful,
+    in_order,
+    near_duplicates,
+    normalised,
+    order_of_classes,
+    told_apart,
+)
 from recipes.data.examples import SPLITS, Example, Examples, Shuffled, by_length, encoded
 from recipes.data.readable import Reading
 from recipes.data.rows import Fields, Meter, Problems, Row
@@ -35,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 9
+FORMAT = 10
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 REWRITTEN = 20
 """Ways of writing a class that are said."""
@@ -276,6 +284,9 @@ class Supervised(Recipe):
                 if other is not None:
                     what = f"labels read by their value, {normalised(other)!r} for {other!r}"
                     changes.note(CHANGED, what, row.where)
+                for name in map(self.named, labels) if self.CLASSES else ():
+                    if name not in (self._given or ()) and (what := doubtful(name)):
+                        changes.note(DOUBTFUL, what, row.where)
                 for label in map(self.named, labels) if not row.held_out else ():
                     counts[label] = counts.get(label, 0) + 1
             problems.raise_any()
@@ -386,7 +397,12 @@ class Supervised(Recipe):
             each = [f"{name} {self._counts.get(name, 0):,}" for name in self.labels[:12]]
             counts.append(f"classes: {', '.join(each)}{', …' if len(self.labels) > 12 else ''}")
         if self.CLASSES and (near := near_duplicates(self._counts)):
-            each = [" and ".join(f"{name!r} ({self._counts[name]:,})" for name in pair) for pair in near[:6]]
+            each = [
+                " and ".join(
+                    f"{told_apart(name, other)} ({self._counts[name]:,})" for name, other in (pair, pair[::-1])
+                )
+                for pair in near[:6]
+            ]
             counts.append(f"classes that may be one, written in two ways: {', '.join(each)}")
         return counts
 
