@@ -37,6 +37,7 @@ from recipes.data.examples import SPLITS, Example, Examples, Shuffled, by_length
 from recipes.data.readable import Reading
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
+from recipes.data.values import assigned
 
 if TYPE_CHECKING:
     import torch
@@ -158,8 +159,8 @@ class Supervised(Recipe):
             yield Problem("data.kind", data.kind, rule, f"data={near}")
         yield from foreign_keys(self.cfg, self.KEYS)
         if twice := [name for name, count in Counter(self._given or ()).items() if count > 1]:
-            rule, once = f"'{twice[0]}' stands there twice", ",".join(dict.fromkeys(self._given or ()))
-            yield Problem("data.labels", f"[{','.join(data.labels or ())}]", rule, f"data.labels=[{once}]")
+            rule, once = f"'{twice[0]}' stands there twice", dict.fromkeys(self._given or ())
+            yield Problem("data.labels", f"[{','.join(data.labels or ())}]", rule, assigned("data.labels", once))
         for name in self.KEYS if data.kind in self.KINDS and data.kind not in RECORDS else ():
             if name in COLUMNS and name not in READ_BY.get(data.kind, ()) and changed(data, name):
                 rule = f"{data.kind} data has no columns with names"
@@ -308,7 +309,7 @@ class Supervised(Recipe):
             given and names and (order := in_order(names, given)) and order != given and sorted(order) == sorted(given)
         ):
             rule = f"the head of {self.cfg.model.path} has them in another order"
-            raise RequestError(Problem("data.labels", f"[{','.join(given)}]", rule, f"data.labels=[{','.join(order)}]"))
+            raise RequestError(Problem("data.labels", f"[{','.join(given)}]", rule, assigned("data.labels", order)))
         given = given or (in_order(names, counts) if names else None)
         if len(given or counts) == 1 and not self.cfg.data.multi_label and not self.finished:
             rule = f"all training rows are of one class ('{next(iter(counts))}'): there is nothing to tell apart"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError
+from recipes.data.values import assigned
 
 NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?")
 """`007` is none but a name: in codes a leading zero has a meaning."""
@@ -127,7 +128,7 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
     if given:
         if not nameless and names is not None and (order := in_order(names, given)) and order != given:
             rule = f"the model's classes are in another order: {', '.join(names)}"
-            raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(order)}"))
+            raise RequestError(Problem("data.labels", _shown(given), rule, assigned("data.labels", order)))
         if not nameless and names is not None:
             _refuse_moved(given, names)
         return given
@@ -140,7 +141,7 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
     rule = f"the model {has}, the rows have {', '.join(sorted(classes)[:12])}: which is which?"
     nearest = "data.labels=[…], the rows' names in the model's order"
     if names and numbers:  # data sets number classes in an order of their own: MNLI's 0 is not that of every model
-        nearest = f"data.labels={_shown(names)} where the rows' numbers are the model's"
+        nearest = f"{assigned('data.labels', names)} where the rows' numbers are the model's"
     raise RequestError(Problem("data.labels", "null", rule, nearest))
 
 
@@ -152,7 +153,7 @@ def _refuse_moved(given: list[str], names: list[str]) -> None:
         rule = f"'{moved[0]}' is output {places[_key(moved[0])]} of the model ({', '.join(names)})"
         order = dict.fromkeys(range(max(len(names), len(given))), "…")
         order |= {places[_key(name)]: name for name in given if _key(name) in places}
-        raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(list(order.values()))}"))
+        raise RequestError(Problem("data.labels", _shown(given), rule, assigned("data.labels", order.values())))
 
 
 def _shown(names: Sequence[str]) -> str:
