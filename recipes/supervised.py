@@ -23,19 +23,28 @@ from conf.rules_values import changed, shown
 from conf.schema import Config, DataConfig, SourceConfig
 from recipes.base import Prediction, Progress, Recipe
 from recipes.data import readable
-from recipes.data.changes import CHANGED, check_dropped, lines, recorded, reported
-from recipes.data.classes import class_names, in_order, near_duplicates, normalised, order_of_classes
+from recipes.data.changes import CHANGED, DOUBTFUL, check_dropped, lines, recorded, reported
+from recipes.data.classes import (
+    class_names,
+    doubtful,
+    in_order,
+    near_duplicates,
+    normalised,
+    order_of_classes,
+    told_apart,
+)
 from recipes.data.examples import SPLITS, Example, Examples, Shuffled, by_length, encoded
 from recipes.data.readable import Reading
 from recipes.data.rows import Fields, Meter, Problems, Row
 from recipes.data.sources import Source
+from recipes.data.values import assigned
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 IGNORE = -100
-FORMAT = 9
+FORMAT = 10
 """Part of every name in the cache: raise it when examples of the same data would come out differently."""
 REWRITTEN = 20
 """Ways of writing a class that are said."""
@@ -150,8 +159,8 @@ class Supervised(Recipe):
             yield Problem("data.kind", data.kind, rule, f"data={near}")
         yield from foreign_keys(self.cfg, self.KEYS)
         if twice := [name for name, count in Counter(self._given or ()).items() if count > 1]:
-            rule, once = f"'{twice[0]}' stands there twice", ",".join(dict.fromkeys(self._given or ()))
-            yield Problem("data.labels", f"[{','.join(data.labels or ())}]", rule, f"data.labels=[{once}]")
+            rule, once = f"'{twice[0]}' stands there twice", dict.fromkeys(self._given or ())
+            yield Problem("data.labels", f"[{','.join(data.labels or ())}]", rule, assigned("data.labels", once))
         for name in self.KEYS if data.kind in self.KINDS and data.kind not in RECORDS else ():
             if name in COLUMNS and name not in READ_BY.get(data.kind, ()) and changed(data, name):
                 rule = f"{data.kind} data has no columns with names"
@@ -276,6 +285,9 @@ class Supervised(Recipe):
                 if other is not None:
                     what = f"labels read by their value, {normalised(other)!r} for {other!r}"
                     changes.note(CHANGED, what, row.where)
+                for name in map(self.named, labels) if self.CLASSES else ():
+                    if name not in (self._given or ()) and (what := doubtful(name)):
+                        changes.note(DOUBTFUL, what, row.where)
                 for label in map(self.named, labels) if not row.held_out else ():
                     counts[label] = counts.get(label, 0) + 1
             problems.raise_any()
@@ -297,7 +309,7 @@ class Supervised(Recipe):
             given and names and (order := in_order(names, given)) and order != given and sorted(order) == sorted(given)
         ):
             rule = f"the head of {self.cfg.model.path} has them in another order"
-            raise RequestError(Problem("data.labels", f"[{','.join(given)}]", rule, f"data.labels=[{','.join(order)}]"))
+            raise RequestError(Problem("data.labels", f"[{','.join(given)}]", rule, assigned("data.labels", order)))
         given = given or (in_order(names, counts) if names else None)
         if len(given or counts) == 1 and not self.cfg.data.multi_label and not self.finished:
             rule = f"all training rows are of one class ('{next(iter(counts))}'): there is nothing to tell apart"
@@ -386,7 +398,12 @@ class Supervised(Recipe):
             each = [f"{name} {self._counts.get(name, 0):,}" for name in self.labels[:12]]
             counts.append(f"classes: {', '.join(each)}{', …' if len(self.labels) > 12 else ''}")
         if self.CLASSES and (near := near_duplicates(self._counts)):
-            each = [" and ".join(f"{name!r} ({self._counts[name]:,})" for name in pair) for pair in near[:6]]
+            each = [
+                " and ".join(
+                    f"{told_apart(name, other)} ({self._counts[name]:,})" for name, other in (pair, pair[::-1])
+                )
+                for pair in near[:6]
+            ]
             counts.append(f"classes that may be one, written in two ways: {', '.join(each)}")
         return counts
 

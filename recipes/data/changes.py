@@ -18,6 +18,8 @@ DROPPED = "dropped"
 """What the row teaches is lost."""
 CUT = "cut"
 CHANGED = "changed"
+DOUBTFUL = "doubtful"
+"""Learned as it is, which may not be what is meant."""
 PASSED_OVER = "passed over"
 """Nothing is lost: there was nothing in it, or it is no row."""
 MULTIPLE = 8

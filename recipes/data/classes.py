@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError
+from recipes.data.values import assigned
 
 NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]*)?")
 """`007` is none but a name: in codes a leading zero has a meaning."""
@@ -18,6 +19,13 @@ AROUND = " \t\r\n\v\f\u00a0\u200b\u2060\ufeff"
 BETWEEN = re.compile(r"[\s_.-]+")
 RARE, ALIKE = 0.1, 0.85
 """A class this much rarer than one that is spelled this much like it is taken for a slip."""
+MISSING = {"", "nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "(null)", "undefined", "nat", "missing"}
+"""What tables and programs write where there is no value."""
+QUOTES = "\"'`´“”„‘’«»"
+LOOK_ALIKE = str.maketrans(
+    "АВЕКМНОРСТУХІЈЅаеорсухіјѕкΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "ABEKMHOPCTYXIJSaeopcyxijskABEZHIKMNOPTYXo"
+)  # fmt: skip
+"""Letters of Cyrillic and Greek that nobody tells from Latin ones."""
 COMPARED = 300
 """Classes that are compared with each other for slips, at most."""
 
@@ -34,8 +42,9 @@ def normalised(label: Any) -> str:
 
 
 def folded(name: str) -> str:
-    """What is alike in names of one class that is written in several ways: case, width, spaces, signs, zeros."""
+    """What is alike in names of one class that is written in two ways: case, width, spaces, signs, zeros, quotes."""
     text = unicodedata.normalize("NFKC", name).casefold()
+    text = text.strip(QUOTES) or text
     return (text if _is_number(text) else BETWEEN.sub("", text)).lstrip("0") or text
 
 
@@ -44,14 +53,34 @@ def near_duplicates(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     names = sorted(counts, key=lambda name: -counts[name])
     found, seen = [], dict[str, str]()
     for name in names:
-        if (other := seen.setdefault(folded(name), name)) != name:
-            found.append((name, other))
+        others = [seen.setdefault(key, name) for key in (folded(name), _skeleton(name))]
+        found += [(name, other) for other in dict.fromkeys(others) if other != name]
     words = [name for name in names if len(name) >= 5 and name.replace(" ", "").isalpha()][:COMPARED]
     for place, name in enumerate(words):
         often = [other for other in words[:place] if counts[name] <= RARE * counts[other]]
         if (near := difflib.get_close_matches(name, often, 1, ALIKE)) and (name, near[0]) not in found:
             found.append((name, near[0]))
     return found
+
+
+def _skeleton(name: str) -> str:
+    """What names that look the same have in common, besides what `folded` takes out."""
+    return f"looks like {folded(name.translate(LOOK_ALIKE))}"
+
+
+def told_apart(name: str, other: str) -> str:
+    """A name as it is written, with the numbers of its letters where nothing else tells it from the other one."""
+    return ascii(name) if name.translate(LOOK_ALIKE) == other.translate(LOOK_ALIKE) else repr(name)
+
+
+def doubtful(name: str) -> str:
+    """Why what stands for the class of a row may be none; empty where it looks like one."""
+    quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "\"'"
+    if (name[1:-1].strip() if quoted else name).casefold() in MISSING:
+        return f"labels {name!r}, as where a value is missing; data.labels=[…] with it, if it is a class"
+    if quoted:
+        return f"labels in quotation marks, {name}, which are a part of the class; is there a space before them?"
+    return ""
 
 
 def _is_number(name: str) -> bool:
@@ -99,7 +128,7 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
     if given:
         if not nameless and names is not None and (order := in_order(names, given)) and order != given:
             rule = f"the model's classes are in another order: {', '.join(names)}"
-            raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(order)}"))
+            raise RequestError(Problem("data.labels", _shown(given), rule, assigned("data.labels", order)))
         if not nameless and names is not None:
             _refuse_moved(given, names)
         return given
@@ -112,7 +141,7 @@ def order_of_classes(given: list[str] | None, names: list[str] | None, classes: 
     rule = f"the model {has}, the rows have {', '.join(sorted(classes)[:12])}: which is which?"
     nearest = "data.labels=[…], the rows' names in the model's order"
     if names and numbers:  # data sets number classes in an order of their own: MNLI's 0 is not that of every model
-        nearest = f"data.labels={_shown(names)} where the rows' numbers are the model's"
+        nearest = f"{assigned('data.labels', names)} where the rows' numbers are the model's"
     raise RequestError(Problem("data.labels", "null", rule, nearest))
 
 
@@ -124,7 +153,7 @@ def _refuse_moved(given: list[str], names: list[str]) -> None:
         rule = f"'{moved[0]}' is output {places[_key(moved[0])]} of the model ({', '.join(names)})"
         order = dict.fromkeys(range(max(len(names), len(given))), "…")
         order |= {places[_key(name)]: name for name in given if _key(name) in places}
-        raise RequestError(Problem("data.labels", _shown(given), rule, f"data.labels={_shown(list(order.values()))}"))
+        raise RequestError(Problem("data.labels", _shown(given), rule, assigned("data.labels", order.values())))
 
 
 def _shown(names: Sequence[str]) -> str:

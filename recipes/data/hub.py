@@ -14,6 +14,7 @@ from recipes.data.network import offline_without_network
 from recipes.data.readers import Record, good_rows
 from recipes.data.rows import Meter, Problems, Row, missing_columns
 from recipes.data.sources import Source, held_out_row
+from recipes.data.values import assigned
 
 OFFLINE = (
     "data=jsonl data.path=FILE (or text, csv, parquet) reads local files; a data set that was loaded before is found "
@@ -117,7 +118,7 @@ class HubSource(Source):
         else:
             key = "subset"
         nearest = did_you_mean(value, known) or known[0]
-        return Problem(f"{self.key}.{key}", value, message, f"{self.key}.{key}={nearest}" if nearest else "")
+        return Problem(f"{self.key}.{key}", value, message, assigned(f"{self.key}.{key}", nearest) if nearest else "")
 
 
 def _records(split: Any, meter: Meter) -> Iterator[Record]:

@@ -21,6 +21,7 @@ from recipes.data.readers import _first_line
 from recipes.data.rows import Meter, Problems, Row
 from recipes.data.sources import FileSource, Source, _hash, find_files, held_out_row
 from recipes.data.streams import BrokenFileError, FileFormat, open_bytes
+from recipes.data.values import assigned
 
 IDX_LABELS, IDX_GREY, IDX_COLOUR = 0x00000801, 0x00000803, 0x00000804
 """First four bytes: unsigned bytes in 1 (N), 3 (N×H×W) or 4 (N×H×W×C) dimensions."""
@@ -107,7 +108,7 @@ class IdxSource(FileSource):
         if len(files) > 1:
             present = [str(path) for _, path in files]
             near = did_you_mean(f"{value}/{name}", present) or present[0]
-            raise RequestError(Problem(key, str(value), f"must be one file, this is {len(files)}", f"{key}={near}"))
+            raise RequestError(Problem(key, str(value), f"must be one file, this is {len(files)}", assigned(key, near)))
         return files[0]
 
 
@@ -174,7 +175,8 @@ class ImageFolderSource(FileSource):
         classes = {name.partition("/")[0] for name, _ in files}
         if {name.lower() for name in classes} <= SPLIT_NAMES:
             rule = f"these folders are splits, not classes: {', '.join(sorted(classes))}"
-            nearest = f"{self.key}.path={value}/TRAINING {self.key}.eval_path={value}/EVALUATION"
+            parts = {"path": f"{value}/TRAINING", "eval_path": f"{value}/EVALUATION"}
+            nearest = " ".join(assigned(f"{self.key}.{name}", folder) for name, folder in parts.items())
             problems.add(Problem(key, value, rule, nearest))
         elif self.config.eval_path is None and len(files) == len(classes):
             rule = "no class has a second image that could be held out"

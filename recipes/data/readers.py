@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from conf.errors import Problem, did_you_mean
+from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import SourceConfig
+from recipes.data.changes import PASSED_OVER
 from recipes.data.rows import Fields, Meter, Problems, value_of
 from recipes.data.streams import BrokenFileError, FileFormat, broken_utf8, open_text, refuse_expansion
 
 PARQUET_ROWS = 256
 """Rows read at once."""
+PREAMBLE = 20
+"""Lines before the header of a csv file, at most."""
+DELIMITER_LINE = re.compile(r'"?sep=.?"?', re.IGNORECASE)
+"""What spreadsheets write before the header."""
+DELIMITERS = "\t;|,"
 Record = tuple[int, dict[str, Any]]
 """(line or row number counted from 1, columns)."""
 
@@ -53,7 +61,8 @@ def read_records(
     if source.kind == "parquet":
         records = _parquet(path, form, fields, problems, meter)
     else:
-        records = {"jsonl": _jsonl, "csv": _csv}[source.kind](path, source, form, problems, meter)
+        preamble = _preamble(path, source, form, fields) if source.kind == "csv" else 0
+        records = {"jsonl": _jsonl, "csv": _csv}[source.kind](path, source, form, problems, meter, preamble)
     return good_rows(records, str(path), fields, problems, meter)
 
 
@@ -98,7 +107,9 @@ def good_rows(
         yield number, content | {name: record[name] for name in fields.also if name in record}
 
 
-def first_columns(path: Path, source: SourceConfig, form: FileFormat, problems: Problems) -> list[str] | None:
+def first_columns(
+    path: Path, source: SourceConfig, form: FileFormat, fields: Fields, problems: Problems
+) -> list[str] | None:
     """Columns of the first row (jsonl), the header (csv) or the schema (parquet); None when the file has no row."""
     if source.kind == "parquet":
         file = _open_parquet(path, form, problems)
@@ -106,11 +117,12 @@ def first_columns(path: Path, source: SourceConfig, form: FileFormat, problems: 
     if source.kind == "csv" and source.header:
         return source.header
     if source.kind == "csv":
-        lines = (text for _, text in _lines(path, form, problems, Meter()))
+        before = _preamble(path, source, form, fields)
+        lines = (text for number, text in _lines(path, form, problems, Meter()) if number > before)
         try:
             header = next(csv.reader(lines, delimiter=delimiter(source), quoting=quoting(source), strict=True), None)
         except csv.Error as error:
-            problems.add(Problem(f"{path}:1", "", f"not a CSV header ({error})"))
+            problems.add(Problem(f"{path}:{before + 1}", "", f"not a CSV header ({error})"))
             return None
         return header
     for _, record in _jsonl(path, source, form, problems, Meter()):
@@ -148,7 +160,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _jsonl(path: Path, source: SourceConfig, form: FileFormat, problems: Problems, meter: Meter) -> Iterator[Record]:
+def _jsonl(
+    path: Path, source: SourceConfig, form: FileFormat, problems: Problems, meter: Meter, preamble: int = 0
+) -> Iterator[Record]:
     for number, line in _lines(path, form, problems, meter):
         if not line.strip():
             continue
@@ -172,14 +186,56 @@ def _jsonl(path: Path, source: SourceConfig, form: FileFormat, problems: Problem
             problems.add(Problem(f"{path}:{number}", "", "a line must be a JSON object", '{"text": "…"}'))
 
 
-def _csv(path: Path, source: SourceConfig, form: FileFormat, problems: Problems, meter: Meter) -> Iterator[Record]:
+def _preamble(path: Path, source: SourceConfig, form: FileFormat, fields: Fields) -> int:
+    """Lines before the header of a csv file: `sep=;` as spreadsheets write it, comments, and blank ones between them.
+
+    A line that begins with # is a comment where the line behind has more columns, or those that are read of it.
+    """
+    try:
+        found = list(itertools.islice(_lines(path, form, Problems(), Meter()), PREAMBLE))
+    except RequestError:  # of lines that do not decode, which is found again where they are read
+        return 0
+    wanted, before, comments = set(fields.columns.values()), 0, list[tuple[int, str]]()
+    for number, line in found:
+        text = line.strip()
+        if number == 1 and DELIMITER_LINE.fullmatch(text):
+            before = 1
+        elif source.header is None and text.startswith("#"):
+            comments.append((number, line))
+        elif text:
+            header = _columns(line, source)
+            for place, comment in comments:
+                columns = _columns(comment, source)
+                other = wanted <= set(header) and not wanted <= set(columns)
+                if not (other or len(columns) == 1 < max(len(line.split(sign)) for sign in DELIMITERS)):
+                    break
+                before = place
+            return before
+    return before
+
+
+def _columns(line: str, source: SourceConfig) -> list[str]:
+    """The columns of one line; none where it is no csv."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter(source), quoting=quoting(source), strict=True), [])
+    except csv.Error:
+        return []
+
+
+def _csv(
+    path: Path, source: SourceConfig, form: FileFormat, problems: Problems, meter: Meter, preamble: int = 0
+) -> Iterator[Record]:
+    """preamble: lines at the beginning that are no rows."""
     csv.field_size_limit(2**31 - 1)  # the module's default of 128 KiB is less than a long document
     fed: list[int] = []  # numbers of the lines that make up the current row: a quoted field may span several
 
     def feed() -> Iterator[str]:
         for number, text in _lines(path, form, problems, meter):
-            fed.append(number)
-            yield text
+            if number > preamble:
+                fed.append(number)
+                yield text
+            else:
+                meter.note(PASSED_OVER, "lines before the header", f"{path}:{number}")
 
     reader = csv.reader(feed(), delimiter=delimiter(source), quoting=quoting(source), strict=True)
     header = source.header

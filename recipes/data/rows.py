@@ -11,7 +11,7 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.schema import SourceConfig
 from recipes.data.changes import DROPPED, PASSED_OVER, Change
 from recipes.data.messages import TOOLS, check_chat
-from recipes.data.values import wrong_text
+from recipes.data.values import assigned, wrong_text
 
 MAX_PROBLEMS = 20
 """Broken lines reported at once; a file in the wrong format would otherwise report each of its lines."""
@@ -161,16 +161,30 @@ def value_of(record: dict[str, Any], column: str) -> Any:
 def missing_columns(fields: Fields, key: str, present: Iterable[str], where: str) -> list[Problem]:
     """One problem per column that the configuration names and the data does not have. `key`: `data` or one source's."""
     names = [str(name) for name in present]
+    shown = ", ".join(name if name.strip() == name != "" else repr(name) for name in names) or "none"
+    missing = {
+        name: column
+        for name, column in fields.columns.items()
+        if column not in names and column.partition(".")[0] not in names
+    }
+    near = {name: _nearest(column, names) for name, column in missing.items()}
+    others = [name for name in names if name not in (*fields.columns.values(), *near.values())] or names
     return [
         Problem(
             f"{key}.{name}",
             column,
-            f"{where} has no such column; it has: {', '.join(names) or 'none'}",
-            f"{key}.{name}={did_you_mean(column, names) or names[0]}" if names else "",
+            f"{where} has no such column; it has: {shown}",
+            assigned(f"{key}.{name}", near[name] or others[0]) if names else "",
         )
-        for name, column in fields.columns.items()
-        if column not in names and column.partition(".")[0] not in names
+        for name, column in missing.items()
     ]
+
+
+def _nearest(column: str, names: list[str]) -> str:
+    """The name that is meant by a column: the same but for case and spaces around it, or a similar one."""
+    bare = {name.strip().casefold(): name for name in reversed(names)}
+    wanted = column.strip().casefold()
+    return bare.get(wanted) or bare.get(did_you_mean(wanted, bare), "")
 
 
 def check_content(content: dict[str, Any], where: str, columns: dict[str, str]) -> list[Problem]:

@@ -18,9 +18,10 @@ from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_data import nearest_path
 from conf.schema import DataConfig, SourceConfig
 from recipes.data.changes import DROPPED, PASSED_OVER
-from recipes.data.readers import delimiter, first_columns, read_document, read_python, read_records
+from recipes.data.readers import DELIMITERS, delimiter, first_columns, read_document, read_python, read_records
 from recipes.data.rows import Fields, Meter, Problems, Row, column_keys, missing_columns, text_fields
 from recipes.data.streams import COMPRESSED, BrokenFileError, FileFormat, open_bytes
+from recipes.data.values import assigned
 
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """What is read of a folder, each also compressed (`.gz`, `.xz`, `.bz2`, `.zst`); text takes all that is not hidden."""
@@ -276,11 +277,11 @@ class RecordSource(FileSource):
             problems.add(Problem(f"{self.key}.delimiter", self.config.delimiter, rule, f"{self.key}.delimiter=','"))
             return
         for path in paths:
-            columns = first_columns(path, self.config, self.form, problems)
+            columns = first_columns(path, self.config, self.form, self.fields, problems)
             if problems.found:
                 return
             if columns is not None:
-                signs = [sign for sign in "\t;|," if len(columns) == 1 and sign in str(columns[0])]
+                signs = [sign for sign in DELIMITERS if len(columns) == 1 and sign in str(columns[0])]
                 if self.config.kind == "csv" and signs:
                     rule = f"{path} has one column: {columns[0]}"
                     near = f"{self.key}.delimiter='{signs[0]}'".replace("\t", "\\t")
@@ -394,7 +395,9 @@ def find_files(kind: str, key: str, value: str | None, max_files: int | None) ->
             raise RequestError(Problem(key, value, f"{error.filename} cannot be read ({error.strerror})")) from None
         if not found:
             wanted = " ".join(SUFFIXES.get(kind, ("any file",)))
-            raise RequestError(Problem(key, value, f"the folder has no file to read ({wanted})", f"{key}='{value}/*'"))
+            raise RequestError(
+                Problem(key, value, f"the folder has no file to read ({wanted})", assigned(key, f"{value}/*"))
+            )
         root = path
     else:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
@@ -427,7 +430,7 @@ def _nothing_there(key: str, value: str, path: Path) -> Problem:
     if glob.has_magic(value):
         return Problem(key, value, "no file matches this pattern", f"{key}='FOLDER/**/*' (quoted)")
     found = nearest_path(path)
-    nearest = f"a path below {found.resolve()}" if found in path.parents else f"{key}={found}"
+    nearest = f"a path below {found.resolve()}" if found in path.parents else assigned(key, str(found))
     return Problem(key, value, "there is no such file or folder", nearest)
 
 

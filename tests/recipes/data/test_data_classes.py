@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path
 
@@ -119,6 +120,30 @@ def test_classes_that_may_be_one_are_said(tmp_path):
     assert near_duplicates({"class_1": 4, "class_2": 4, "C": 3, "C++": 3, "-1": 3, "1": 3, "0.1": 2, "01": 1}) == [
         ("01", "1")
     ]
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "NULL", "N/A", "<NA>", '" nan"', ' "b"', " 'b'"])
+def test_what_may_be_no_class_is_said_with_its_first_row(tmp_path, word):
+    said = prepared(tmp_path, table(["a", "b", "c", word])).said()
+    assert "doubtful: 6 labels " in said and "(25.0% of 24 rows; first: " in said and "rows.csv:5)" in said
+    assert word.strip('" ') in said
+
+
+def test_what_is_a_class_is_no_matter_of_doubt(tmp_path):
+    assert "doubtful" not in prepared(tmp_path, table(["None", "a"]), labels=["None", "a"]).said()
+    tagged = "".join(f'{{"tokens": ["a", "b"], "tags": ["\'\'", "{"XY"[n % 2]}"]}}\n' for n in range(24))
+    assert "doubtful" not in prepared(tmp_path, tagged, "token_classification", kind="jsonl").said()
+    many = "".join(
+        json.dumps({"text": f"a {n}", "label": ["ab"[n % 2], *([""] if n < 3 else [])]}) + "\n" for n in range(24)
+    )
+    assert "doubtful: 3 labels ''" in prepared(tmp_path, many, kind="jsonl", multi_label=True).said()
+
+
+def test_classes_that_look_the_same_are_said_with_their_letters(tmp_path):
+    said = prepared(tmp_path, table(["A", "\u0410", "b", ' "b"'])).said()
+    assert r"'\u0410' (" in said and "'A' (" in said
+    assert """'"b"'""" in said.partition("may be one")[2]
+    assert near_duplicates({"вода": 3, "Вода": 4, "tea": 1}) == [("вода", "Вода")]
 
 
 @given(st.text(max_size=12))

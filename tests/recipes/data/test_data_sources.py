@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from conf.errors import RequestError
+from conf.overrides import read_overrides
 from conf.schema import DataConfig, SourceConfig
 from recipes.data.readers import read_python
 from recipes.data.rows import MAX_PROBLEMS, Fields, Meter, Problems
-from recipes.data.sources import check, held_out_files, held_out_row, open_sources, rows
+from recipes.data.sources import RecordSource, check, held_out_files, held_out_row, open_sources, rows
+from recipes.data.values import assigned
 
 
 def read(data: DataConfig):
@@ -365,3 +367,60 @@ def test_quotation_marks_between_tabs_are_text(tmp_path, config):
     assert every(delimiter="\t", quoting=True)[-1] == "nice"
     path.write_text('text\n"one, two"\n')
     assert every() == ["one, two"]
+
+
+# Advice that works as it is typed, and lines before a header
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["class", " label", "a,b", "it's", 'say "x"', "$HOME", "back\\slash", "\\'", "end\\", "# made", "null", "0", "007",
+     "é", "a=b", "[x]", "{x}", "a: b", "1e3", "`id`", "../x y/*", "", "True", "(x)", "@x", "~/x"],
+)  # fmt: skip
+def test_advice_is_read_as_it_is_meant(value):
+    for key, wanted in (("data.label", value), ("data.labels", [value, "other"])):
+        command = f"set -f; printf %s {assigned(key, wanted)}"
+        found = read_overrides([subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout])
+        assert not found.problems and found.given() == {key: wanted}
+
+
+def test_columns_are_advised_as_they_are_written(write, config):
+    fields = Fields({"text": "text", "label": "label"})
+    for header, advised in (
+        ("text, label", ["\"data.label=' label'\""]),
+        ("Text,LABEL", ["data.text=Text", "data.label=LABEL"]),
+        ("one,two", ["data.text=one", "data.label=one"]),
+        ("id,txt,lable", ["data.text=txt", "data.label=lable"]),
+    ):
+        data = config(kind="csv", path=str(write("r.csv", f"{header}\n1,2,3\n")))
+        problems = RecordSource(data, "data", 0.2, None, fields).check()
+        assert [problem.nearest for problem in problems] == advised
+
+
+@pytest.mark.parametrize(
+    ("before", "delimiter"),
+    [
+        ("sep=;\n", ";"), ('"sep=,"\r\n', ","), ("\ufeffsep=,\n", ","),
+        ("# made by x\n", ","), ("# made by x, y\n\n#z\n", ","),
+    ],
+)  # fmt: skip
+def test_lines_before_the_header_are_passed_over_and_counted(write, config, before, delimiter):
+    lines = [f"text{delimiter}label\n", *(f"t{n}{delimiter}a\n" for n in range(9))]
+    path = write("r.csv", before + "".join(lines))
+    data = config(kind="csv", path=str(path), delimiter=delimiter)
+    fields = Fields({"text": "text", "label": "label"})
+    source, problems, meter = RecordSource(data, "data", 0.2, None, fields), Problems(), Meter()
+    assert source.check() == []
+    found = list(source.read(problems, meter))
+    assert len(found) == 9 and not problems.found
+    assert meter.counts == {"lines before the header": before.count("\n")}
+    assert found[0].where == f"{path}:{before.count(chr(10)) + 2}"
+    data.delimiter = ";" if delimiter == "," else ","
+    if ", y" not in before:
+        assert f"data.delimiter='{delimiter}'" in str(RecordSource(data, "data", 0.2, None, fields).check()[0])
+
+
+def test_a_header_may_begin_with_a_number_sign(write, config):
+    data = config(kind="csv", path=str(write("r.csv", "#id,text\n#1,a\n2,b\n")))
+    train, held_out = read(data)
+    assert texts(held_out) + texts(train) == ["a", "b"]
