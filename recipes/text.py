@@ -62,7 +62,8 @@ class TextTask(Supervised):
                 for row in source.read(problems, meter):
                     if not row.held_out:
                         yield from self.texts(row.content)
-                progress(meter.total, meter.total, "training the tokenizer")
+                meter.done = meter.total
+                progress(*source.read_so_far(meter, "training the tokenizer on"))
                 problems.raise_any()
 
             size = data.vocab_size or model.config.get("vocab_size", DEFAULT_VOCABULARY)

@@ -212,7 +212,7 @@ def _texts(sources: list[Source], progress: Progress) -> Iterator[str]:
         for row in source.read(problems, meter):
             if not row.held_out:
                 yield from row.content.values()
-                progress(meter.done, meter.total, f"training the tokenizer on {source.name}")
+                progress(*source.read_so_far(meter, "training the tokenizer on"))
     problems.raise_any()
 
 
@@ -280,7 +280,7 @@ def _tokenise(
                         ]
                         writers[split, "origin"].append(np.array([numbers.get(name, -1) for name, _, _ in places]))
                         writers[split, "line"].append(np.array([int(line) for _, _, line in places], np.int64))
-            progress(meter.done, meter.total, f"tokenising {source.name}")
+            progress(*source.read_so_far(meter, "tokenising"))
     finally:
         with writing(folder):
             for writer in writers.values():
@@ -350,13 +350,13 @@ def _packed(root: Path, store: Entry, split: str, data: DataConfig, progress: Pr
     counts = [f"{first}{what}" for what in REASONS for first in ("", "first_")]
 
     def build(folder: Path) -> dict[str, Any]:
-        progress(0, tokens.documents, "packing")
+        progress(0, tokens.documents, "packing (documents)")
         packing = asdict(pack(tokens, data.seq_length, data.packing, cuttable=plain))
         with writing(folder):
             for name, dtype in arrays.items():
                 with new_file(folder / name) as file:
                     file.write(packing[name].astype(dtype).data)
-        progress(tokens.documents, tokens.documents, "packing")
+        progress(tokens.documents, tokens.documents, "packing (documents)")
         return {name: packing[name] for name in counts}
 
     name = key_of(FORMAT, store.folder.name, split, data.seq_length, data.packing)

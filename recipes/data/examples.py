@@ -146,7 +146,7 @@ def encoded(
                     counts[split] += len(examples)
                     with writing(folder):
                         _append(writers, split, arrays, examples)
-                progress(min(meter.done, meter.total), meter.total, f"encoding {source.name}")
+                progress(*source.read_so_far(meter, "encoding"))
         finally:
             with writing(folder):
                 for writer in writers.values():

@@ -13,6 +13,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from conf.errors import Problem, RequestError, did_you_mean
 from conf.rules_data import nearest_path
@@ -38,6 +39,9 @@ are the same ones."""
 
 class Source:
     """One source of rows. `key` is its place in the configuration: `data` or `data.mixture[i]`."""
+
+    COUNTED: ClassVar[str] = "rows"
+    """What `size` and `Meter.done` count."""
 
     def __init__(
         self, config: SourceConfig, key: str, held_out: float, max_files: int | None, fields: Fields | None = None
@@ -71,8 +75,16 @@ class Source:
         return []
 
     def size(self) -> int:
-        """Bytes (files) or rows (hub): the total that `Meter.done` runs up to."""
+        """The total that `Meter.done` runs up to."""
         raise NotImplementedError
+
+    def read_so_far(self, meter: Meter, doing: str) -> tuple[int, int, str]:
+        """(done, total, what is being done and what is counted), for a `Progress`."""
+        done = min(meter.done, meter.total)
+        if self.COUNTED != "bytes":
+            return done, meter.total, f"{doing} {self.name} ({self.COUNTED})"
+        unit, size = ("kB", 1000) if meter.total < 10_000_000 else ("MB", 1_000_000)
+        return -(-done // size), -(-meter.total // size), f"{doing} {self.name} ({unit})"
 
     def in_both_splits(self, others: Sequence[Source] = ()) -> Problem | None:
         """What is held out here and trained on here, or by one of the other sources. Raises what `files` does."""
@@ -85,6 +97,8 @@ class Source:
 
 class FileSource(Source):
     """Files of `path` (both splits), or of `path` (training) and `eval_path` (held out)."""
+
+    COUNTED = "bytes"
 
     @property
     def form(self) -> FileFormat:

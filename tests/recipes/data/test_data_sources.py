@@ -13,6 +13,7 @@ import pytest
 from conf.errors import RequestError
 from conf.overrides import read_overrides
 from conf.schema import DataConfig, SourceConfig
+from recipes.data.numbers import LineSource
 from recipes.data.readers import read_python
 from recipes.data.rows import MAX_PROBLEMS, Fields, Meter, Problems
 from recipes.data.sources import RecordSource, check, held_out_files, held_out_row, open_sources, rows
@@ -424,3 +425,16 @@ def test_a_header_may_begin_with_a_number_sign(write, config):
     data = config(kind="csv", path=str(write("r.csv", "#id,text\n#1,a\n2,b\n")))
     train, held_out = read(data)
     assert texts(held_out) + texts(train) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "said"),
+    [(68_629, 1, (1, 69, "reading r.csv (kB)")), (68_629, 68_629, (69, 69, "reading r.csv (kB)")),
+     (25_000_001, 9_999_999, (10, 26, "reading r.csv (MB)")), (10, 12, (1, 1, "reading r.csv (kB)"))],
+)  # fmt: skip
+def test_progress_says_what_it_counts(config, total, done, said):
+    source = RecordSource(config(kind="csv", path="r.csv"), "data", 0.2, None)
+    assert source.read_so_far(Meter(total, done), "reading") == said
+    assert LineSource(config(kind="line"), "data", 0.2, None).read_so_far(Meter(9, 3), "reading") == (
+        3, 9, "reading line (rows)",
+    )  # fmt: skip
