@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
     data, state = str(Path(own["data"]).resolve()), state_folder()
     state.mkdir(parents=True, exist_ok=True)
     chosen = [part for part in parts() if part.name.partition(":")[0] in wanted]
-    print(f"outputs in {state.relative_to(ROOT)}; what has passed there is not run again")
+    print(f"outputs in {state}; what has passed there is not run again")
     for number, part in enumerate(chosen, 1):
         file = state / (re.sub(r"\W+", "_", part.name) + ".json")
         if file.exists() and own["again"] != "true" and json.loads(file.read_text())["code"] == 0:

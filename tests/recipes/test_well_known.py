@@ -78,8 +78,8 @@ def test_hub_data_sets(name: str, prepared: Any, tmp_path: Path) -> None:
 def test_conll2003(prepared: Any, tmp_path: Path) -> None:
     """Four columns, document lines between; entities are in the last column."""
     sentence = "EU NNP B-NP B-ORG\nrejects VBZ B-VP O\nGerman JJ B-NP B-MISC\ncall NN I-NP O\n\n"
-    for name in ("eng.train", "eng.testa"):
-        (tmp_path / name).write_text("-DOCSTART- -X- -X- O\n\n" + sentence * 10)
+    for name, count in (("eng.train", 10), ("eng.testa", 5)):
+        (tmp_path / name).write_text("-DOCSTART- -X- -X- O\n\n" + sentence * count)
     files = [f"data.path={tmp_path / 'eng.train'}", f"data.eval_path={tmp_path / 'eng.testa'}"]
     recipe = prepared("conll2003", *files)
     assert recipe.labels == ["B-MISC", "B-ORG", "O"] and len(recipe.train) == 10
@@ -88,8 +88,8 @@ def test_conll2003(prepared: Any, tmp_path: Path) -> None:
 def test_mnist(prepared: Any, tmp_path: Path) -> None:
     """Images of 28×28 and their labels, gzip; all ten digits occur."""
     overrides = []
-    for part, prefix in (("train", ""), ("t10k", "eval_")):
-        images, labels = np.zeros((20, 28, 28), np.uint8), np.arange(20, dtype=np.uint8) % 10
+    for part, prefix, grey in (("train", "", 0), ("t10k", "eval_", 9)):
+        images, labels = np.full((20, 28, 28), grey, np.uint8), np.arange(20, dtype=np.uint8) % 10
         parts = (("path", "images-idx3", struct.pack(">IIII", 2051, *images.shape), images),
                  ("target_path", "labels-idx1", struct.pack(">II", 2049, 20), labels))  # fmt: skip
         for key, kind, header, values in parts:
