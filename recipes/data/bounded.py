@@ -98,7 +98,7 @@ def _limit_memory() -> None:
     import resource
 
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     except OSError:  # macOS, which has no such limit either
         return
     limit = pages * resource.getpagesize() + MEMORY

@@ -163,6 +163,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
 
 JSONL = ("+recipe=classify_packages", "data=jsonl", "data.path=rows.jsonl", "data.eval_path=eval.jsonl", *TINY_BERT)
 GOOD = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n" for n in range(40))
+OTHER = GOOD.replace("text ", "more ")
 
 
 @pytest.mark.slow
@@ -171,13 +172,13 @@ GOOD = "".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n" fo
     [
         (GOOD, '{"text": "x", "label": "c"}\n', (), "eval.jsonl:1='c': not in the label set (a, b)"),
         (GOOD, '{"text": "x"}\n', (), "data.label=label: eval.jsonl has no such column"),
-        (GOOD, GOOD, ("data.labels=[a,b,c]",), "data.labels=c: a class without an example"),
-        (GOOD, GOOD, ("data.overlong=refuse", "data.seq_length=3"), "rows.jsonl:1=4 tokens: longer than data"),
-        (GOOD, GOOD, ("data.tokens=t",), "data.tokens=t: sequence_classification does not read it"),
-        (GOOD, GOOD, ("data.label=lable",), "data.label=label"),
-        (GOOD, GOOD, ("eval.metric=accurracy", "eval.every=5"), "eval.metric=accuracy"),
-        (GOOD, GOOD, ("task=translation",), "data.source=source: rows.jsonl has no such column"),
-        ('{"text": "x", "label": 1.5}\n', GOOD, (), "must be a name or a whole number"),
+        (GOOD, OTHER, ("data.labels=[a,b,c]",), "data.labels=c: a class without an example"),
+        (GOOD, OTHER, ("data.overlong=refuse", "data.seq_length=3"), "rows.jsonl:1=4 tokens: longer than data"),
+        (GOOD, OTHER, ("data.tokens=t",), "data.tokens=t: sequence_classification does not read it"),
+        (GOOD, OTHER, ("data.label=lable",), "data.label=label"),
+        (GOOD, OTHER, ("eval.metric=accurracy", "eval.every=5"), "eval.metric=accuracy"),
+        (GOOD, OTHER, ("task=translation",), "data.source=source: rows.jsonl has no such column"),
+        ('{"text": "x", "label": 1.5}\n', OTHER, (), "must be a name or a whole number"),
     ],
     ids=lambda value: str(value)[-40:],
 )  # fmt: skip
