@@ -6,22 +6,21 @@ interrupt, and compilers of templates fold constants. So it runs in a forked pro
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 SECONDS = 5.0
 """Processor time of one step: a machine that is busy with other things makes none too slow."""
 MEMORY = 1 << 30
 """Bytes beyond what the process has already."""
 Item = TypeVar("Item")
-Found = TypeVar("Found")
 _inside = False
 
 
@@ -33,10 +32,10 @@ class BoundError(Exception):
         self.number = number
 
 
-def bounded(work: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Found]:
+def bounded(work: Callable[[Item], Any], items: Sequence[Item]) -> Iterator[Any]:
     """`work` of each item, in order, done by a process that has a copy of all that is here.
 
-    Results are pickled, and what `work` changes elsewhere is lost. Raises BoundError where an item takes more than
+    Results are JSON values, and what `work` changes elsewhere is lost. Raises BoundError where an item takes more than
     SECONDS from its beginning, or from the last `step`; what needs more than MEMORY raises MemoryError in `work`.
     """
     reader, writer = os.pipe()
@@ -51,13 +50,12 @@ def bounded(work: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Fo
     try:
         with os.fdopen(reader, "rb") as pipe:
             while count < len(items):
-                try:
-                    found = pickle.load(pipe)
-                except (EOFError, pickle.UnpicklingError):  # it has been ended
+                line = pipe.readline()
+                if not line.endswith(b"\n"):  # it has been ended
                     status = os.waitpid(child, 0)[1]
-                    raise BoundError(count, _reason(status)) from None
+                    raise BoundError(count, _reason(status))
                 count += 1
-                yield found
+                yield json.loads(line)
     finally:
         if status is None:
             os.kill(child, signal.SIGKILL)
@@ -70,7 +68,7 @@ def step() -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
 
 
-def _work(work: Callable[[Item], Found], items: Sequence[Item], writer: int) -> None:
+def _work(work: Callable[[Item], Any], items: Sequence[Item], writer: int) -> None:
     """Write what is found of each item, and never return."""
     global _inside
     try:
@@ -82,8 +80,7 @@ def _work(work: Callable[[Item], Found], items: Sequence[Item], writer: int) -> 
         with os.fdopen(writer, "wb") as pipe:
             for item in items:
                 step()
-                found = work(item)
-                pickle.dump(found, pipe)
+                pipe.write(json.dumps(work(item)).encode() + b"\n")
                 pipe.flush()
     except BrokenPipeError:  # nobody waits any more
         os._exit(0)
@@ -98,7 +95,7 @@ def _limit_memory() -> None:
     import resource
 
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     except OSError:  # macOS, which has no such limit either
         return
     limit = pages * resource.getpagesize() + MEMORY

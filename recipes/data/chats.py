@@ -54,6 +54,7 @@ BROKEN: dict[type[Exception], str] = {
     RecursionError: "is nested too deeply, or calls itself", SyntaxError: "is nested too deeply",
 }  # fmt: skip
 """What is raised by a template that can write no chat, or should not be let to, and what it is."""
+BROKEN_TEMPLATE = "broken template"
 LONGEST = 1 << 26
 """Characters that a template may write of one chat."""
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
@@ -108,14 +109,25 @@ class Chats:
 
     def written(self, rows: Sequence[Row]) -> list[tuple[list[Segments] | ChatError, list[Change]]]:
         """Of each row the texts from which its answers are learned, or why there are none; and what `texts` noted."""
-        return self._bounded(self._texts_and_changes, rows, [row.where for row in rows])
+        found = self._bounded(self._texts_and_changes, rows, [row.where for row in rows])
+        return [
+            (
+                ChatError(*one["refused"])
+                if "refused" in one
+                else [[(*part,) for part in text] for text in one["texts"]],
+                [Change(*change) for change in one["changes"]],
+            )
+            for one in found
+        ]
 
-    def _texts_and_changes(self, row: Row) -> tuple[list[Segments] | ChatError, list[Change]]:
+    def _texts_and_changes(self, row: Row) -> dict[str, Any]:
+        """What `written` says of a row, as JSON values."""
         meter = Meter()
         try:
-            return self.texts(row, meter), list(meter.changes.values())
+            texts = self.texts(row, meter)
         except ChatError as error:
-            return error, []
+            return {"refused": [str(error), error.nearest], "changes": []}
+        return {"texts": texts, "changes": [(one.what, one.effect, one.first) for one in meter.changes.values()]}
 
     def _bounded(self, work: Callable[[Any], Any], items: Sequence[Any], wheres: Sequence[str]) -> list[Any]:
         """What `work` makes of each item, where the template ends. wheres: what to call the items."""
@@ -125,12 +137,12 @@ class Chats:
             try:
                 return work(item)
             except BrokenTemplateError as error:
-                return error
+                return {BROKEN_TEMPLATE: str(error)}
 
         try:
             for each in bounded(guarded, items):
-                if isinstance(each, BrokenTemplateError):
-                    raise BoundError(len(found), str(each))
+                if isinstance(each, dict) and BROKEN_TEMPLATE in each:
+                    raise BoundError(len(found), each[BROKEN_TEMPLATE])
                 found.append(each)
         except BoundError as error:
             nearest = "model.tokenizer=FOLDER with another chat_template in it"
