@@ -114,7 +114,7 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     (
         "Any operation on the disk may fail: the run goes on, or stops with a message, and is resumed to the same bits",
-        "one of each kind, of two ranks, libraries included (each of 1,400 by `make test-all`); a full disk",
+        "a dozen kinds, of two ranks, libraries included (each of 1,400 by `make test-all`); a full disk",
         ("faults/test_disk.py", "faults/test_disk_of_commands.py"),
     ),
     (

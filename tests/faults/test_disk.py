@@ -39,7 +39,7 @@ SHORT_RUN = (
 """Trains, evaluates, saves, prunes and exports; `resume=auto` is among it."""
 A_WHILE = 40
 """Operations that fail one after the other on a disk that is full for a while."""
-TRIALS = 24
+TRIALS = 6
 """Of each start, in `make test`: operations of as many kinds."""
 CODES = {
     "open": ("EMFILE", "ENOSPC", "EIO"), "open to read": ("EMFILE", "EIO"), "read": ("EIO",),
@@ -170,7 +170,7 @@ def test_an_operation_that_fails(runs: Runs, start: str) -> None:
 
 def test_a_disk_that_is_full_for_a_while(runs: Runs) -> None:
     trials = [Trial(trial.start, trial.rank, trial.number, trial.what, "ENOSPC", A_WHILE) for trial in runs.trials]
-    for trial in trials[:: A_WHILE if THOROUGH else len(trials) // 8]:
+    for trial in trials[:: A_WHILE if THOROUGH else len(trials) // 4]:
         runs.one(trial)
     print(dict(runs.seen))
 
