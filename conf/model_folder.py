@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from conf.errors import Problem, RequestError
 from conf.weight_files import (
@@ -27,6 +29,16 @@ NARROW = ("F8", "F6", "F4", "I8")
 """Beginnings of safetensors' names for numbers that mean something only with a scale, where one stands beside them."""
 PACKED = (".qweight", ".weight_packed", ".weight.absmax", ".weight.quant_map")
 """Ends of names that only quantised weights have: GPTQ and AWQ, compressed-tensors, bitsandbytes."""
+MOST = (
+    (re.compile(r"(num_|n_)?(\w+_)?(layers?|blocks?|depths?|heads?)"), 10**4),
+    (re.compile(r"(num_|n_)?(\w+_)?experts"), 10**5),
+    (re.compile(r"num_labels"), 10**6),
+    (re.compile(r"(\w+_)?(hidden_sizes?|intermediate_size|ffn_dim|head_dim)|n_embd|n_inner|d_model|d_ff"), 10**7),
+    (re.compile(r"(\w+_)?vocab_size"), 10**8),
+    (re.compile(r"max_(\w+_)?position(s|_embeddings)|n_positions|n_ctx|max_seq_len|seq_length"), 10**8),
+)
+"""Names of sizes in a configuration, and what none exceeds by far."""
+AS_IT_HAS = "the number that it has"
 SCALES_OF_FP8 = ("_scale_inv", ".scale", ".qscale_weight")
 """Those that transformers 5.23 reads (`update_weight_conversions` in quantizer_finegrained_fp8.py)."""
 
@@ -39,7 +51,9 @@ def check_folder(folder: Path, variant: str | None = None) -> WeightFiles:
     found = find_weights(folder, variant)
     for name in SAID:
         read_json(folder / name)
-    method = quantised(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    check_sizes(config, f"{folder / 'config.json'}: ")
+    method = quantised(config)
     check_kind({name: entry for file in found.files for name, entry in header(file).items()}, method)
     return found
 
@@ -66,6 +80,37 @@ def check_kind(tensors: Tensors, method: str | None) -> None:
             if kind.startswith("F8") and module in scales and not any(one in tensors for one in known):
                 rule = f"the scale of {name} is {scales[module]}, and only {', '.join(SCALES_OF_FP8)} are read"
                 raise RequestError(Problem(key, method, rule, PLAIN_COPY))
+
+
+def oversized(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """Name, value and bound of the sizes that no model has: in a configuration as it is written, and its parts.
+
+    Asked of what is written, since families make a list of all layers (`layer_types`) or labels before a configuration
+    can be looked at, and the time to build a model grows with its parts, also on the meta device.
+    """
+    waiting: list[Mapping[str, Any]] = [config]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, Mapping):
+                waiting.append(value)
+            for pattern, most in MOST:
+                sizes = value if isinstance(value, list | tuple) else [value]
+                if pattern.fullmatch(str(name)) and any(_is_number(size) and size > most for size in sizes):
+                    yield str(name), value, most
+
+
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Raises RequestError for the sizes that no model has. where: stands before a name, as `model.config.`."""
+    found = [
+        Problem(f"{where}{name}", str(value)[:40], f"more than {most:,}: no model has as many", AS_IT_HAS)
+        for name, value, most in oversized(config)
+    ]
+    if found:
+        raise RequestError(found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_whole(folder: Path, names: Iterable[str] = OF_TOKENIZERS) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Problem, RequestError
+from conf.model_folder import check_sizes
 from conf.schema import Config
 from recipes.durable import of_the_system
 
@@ -49,9 +50,15 @@ model.save_pretrained(out, variant=variant or None, save_original_format=False)
 
 def config(source: Path | str, *, revision: str | None = None, key: str = "model.path", **options: Any) -> Any:
     """The configuration of a model, which names no code any more. Raises as transformers does, and RequestError."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
+    if "gguf_file" not in options:  # its sizes are those of tensors that it has
+        extra = {"revision": revision} if revision else {}
+        with of_the_system(source):
+            said, _ = PretrainedConfig.get_config_dict(source, trust_remote_code=False, **extra, **options)
+        check_sizes(said, f"{source}, config.json: ")
     found = _without_code(AutoConfig, source, key, "config.json", revision, options)
+    check_sizes(found.to_dict(), f"{source}, config.json: ")  # under any other names, too
     if "/" in str(getattr(found, "_attn_implementation", "")):  # a kernel of the hub: compiled code of a stranger
         rule = "its config.json wants attention from the hub, which is code of its own and is never loaded"
         raise RequestError(Problem(key, str(source), rule, "no attn_implementation in it (model.attention=sdpa)"))

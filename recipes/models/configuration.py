@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from conf.errors import Problem, RequestError, did_you_mean
+from conf.model_folder import check_sizes
 from conf.rules_values import shown
 from conf.schema import Config
 from recipes import hub
@@ -26,10 +27,6 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Every configuration may have them, though some families (CodeGen) do not name all of them."""
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer", "data2vec-text")
 """Families whose positions begin behind the number of the padding token."""
-
-PARTS = re.compile(r"(num_|n_)?(\w+_)?(layers?|blocks?|depths?|experts)")
-"""Attributes that say how many parts of a kind a model has."""
-MOST = 10_000
 
 
 def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
@@ -53,25 +50,13 @@ def scratch_config(model_type: str, config: dict[str, Any]) -> PretrainedConfig:
     ]
     if wrong:
         raise RequestError(wrong)
+    check_sizes({known.attribute_map.get(key, key): value for key, value in config.items()}, "model.config.")
     try:
         made = AutoConfig.for_model(model_type, **{**config, "use_cache": False})
     except Exception as error:  # transformers raises a dozen kinds here, each for a wrong value
         raise RequestError(refused(model_type, error)) from None
-    refuse_endless(made, "model.config")
     made.architectures = made.architectures or []  # None is a TypeError where a family has several classes (DeiT)
     return made
-
-
-def refuse_endless(config: PretrainedConfig, key: str) -> None:
-    """Building a model takes a time that grows with its parts, also on the meta device. Raises RequestError."""
-    found = []
-    for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
-        for name, value in vars(part).items():
-            counts = value if isinstance(value, list | tuple) else [value]
-            if PARTS.fullmatch(name) and any(isinstance(count, int) and count > MOST for count in counts):
-                found.append(Problem(key, f"{name}={shown(value)}", f"more than {MOST:,}: no model has as many", ""))
-    if found:
-        raise RequestError(found)
 
 
 def _read_if_there(config: PretrainedConfig) -> set[str]:

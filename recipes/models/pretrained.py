@@ -67,7 +67,7 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
 
     folder: where `local_folder` has put the model, if it has. Raises RequestError when there is no configuration.
     """
-    from recipes.models.configuration import refuse_endless, set_dropout
+    from recipes.models.configuration import set_dropout
 
     path = str(folder or model.path)
     extra: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file and folder is None else {}
@@ -84,7 +84,6 @@ def pretrained_config(model: ModelConfig, folder: Path | None = None) -> Pretrai
         raise RequestError(Problem("model.path", path, rule, "a local folder or package:NAME")) from error
     if not model.gguf_file and quantised(config.to_dict()):
         del config.quantization_config  # what is trained are plain weights
-    refuse_endless(config, "model.path")
     return set_dropout(config, model.dropout)
 
 

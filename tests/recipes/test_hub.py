@@ -174,6 +174,8 @@ def test_a_revision_reaches_every_call(monkeypatch, tmp_path):
 
     for name in ("AutoConfig", "AutoTokenizer", "AutoImageProcessor"):
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", caught(name))
+    noted = lambda *args, **kwargs: seen.setdefault("sizes", kwargs.get("revision")) and ({}, {})  # noqa: E731
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", noted)
     monkeypatch.setattr("huggingface_hub.snapshot_download", caught("snapshot"))
     monkeypatch.setattr("datasets.load_dataset", caught("dataset"))
     model = ModelConfig(path="owner/name", revision="r1")
@@ -186,7 +188,8 @@ def test_a_revision_reaches_every_call(monkeypatch, tmp_path):
     ):
         with pytest.raises(RequestError):
             load()
-    assert seen == dict.fromkeys(("AutoConfig", "AutoTokenizer", "AutoImageProcessor", "snapshot", "dataset"), "r1")
+    kinds = ("AutoConfig", "AutoTokenizer", "AutoImageProcessor", "sizes", "snapshot", "dataset")
+    assert seen == dict.fromkeys(kinds, "r1")
 
 
 def test_the_revision_is_of_the_data_s_identity(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -25,6 +26,7 @@ from transformers import (
 
 from conf.compose import compose
 from conf.errors import RequestError
+from conf.model_folder import oversized
 from conf.schema import ModelConfig
 from conf.weight_files import find_weights, header, quantised
 from recipes import hub
@@ -378,14 +380,38 @@ def test_code_of_strangers_does_not_go_along(saved: Path) -> None:
     assert found.top_k == 7 and not {"custom_generate", "trust_remote_code"} & vars(found).keys()
 
 
-@pytest.mark.parametrize("name, value", [("num_hidden_layers", 10**9), ("num_hidden_layers", 10_001)])
-def test_models_without_end_are_refused_at_once(saved: Path, name: str, value: int) -> None:
+@pytest.mark.parametrize(
+    "family, name, value",
+    [
+        ("llama", "num_hidden_layers", 10**9), ("llama", "num_hidden_layers", 10_001), ("gpt2", "n_layer", 10**9),
+        ("qwen2", "num_hidden_layers", 10**9), ("gemma3_text", "num_hidden_layers", 10**9),
+        ("llama", "num_key_value_heads", 10**9), ("llama", "vocab_size", 10**12), ("bart", "d_model", 10**8),
+        ("bert", "max_position_embeddings", 10**9),
+    ],
+)  # fmt: skip
+def test_models_without_end_are_refused_at_once(saved: Path, family: str, name: str, value: int) -> None:
+    """Before a configuration is made: Qwen2's and Gemma's list their layers in it."""
+    words = ["+recipe=quickstart", f"model.type={family}", f"model.config={{{name}: {value}}}"]
+    with pytest.raises(RequestError, match=f"model.config.{name}={value}: more than .*: no model has as many"):
+        compose(words, 1)
     with pytest.raises(RequestError, match="no model has as many"):
-        scratch_config("llama", {**SIZE, name: value})
-    settings = json.loads((saved / "config.json").read_text()) | {name: value}
+        scratch_config(family, {name: value})
+    settings = {"model_type": family, name: value}
     (saved / "config.json").write_text(json.dumps(settings))
     with pytest.raises(RequestError, match="no model has as many"):
         pretrained_config(ModelConfig(path=str(saved)))
+
+
+@pytest.mark.parametrize("settings", [{"num_labels": 10**9}, {"text_config": {"num_hidden_layers": 10**9}}])
+def test_lists_without_end_in_parts_of_a_configuration(tmp_path: Path, settings: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3"} | settings))
+    with pytest.raises(RequestError, match="no model has as many"):
+        hub.config(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama4", "bamba", "doge", "t5", "swin"])
+def test_families_are_within_the_bounds(family: str) -> None:
+    assert not list(oversized(CONFIG_MAPPING[family]().to_dict()))
 
 
 def test_weights_that_are_not_finite_are_called_so(saved: Path) -> None:
