@@ -27,10 +27,8 @@ def check_causal(model: PreTrainedModel, device: torch.device) -> list[Problem]:
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device)
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, use_cache=False)[0].float()
-    if not bool(hidden.isfinite().all()):
-        names = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
-        rule = f"its weights are not finite: {', '.join(names[:3]) or 'its outputs'}"
-        return [Problem("model", model.config.model_type, rule, "weights of a training that went well")]
+    if problems := _not_finite(model, hidden):
+        return problems
     if _alike(*hidden[:, :3]):
         return []
     rule = "this model lets tokens see those that follow, which it is to predict"
@@ -54,6 +52,8 @@ def check_padding(model: PreTrainedModel, device: torch.device) -> list[Problem]
     with torch.no_grad():
         alone = generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits[0].float()
         beside = generate(input_ids=padded, attention_mask=mask, **options).logits[0].float()
+    if problems := _not_finite(model, alone):
+        return problems
     tolerance = TOLERANCE if model.dtype == torch.float32 else OF_HALVES
     if bool((alone - beside).abs().max() <= tolerance * alone.abs().max()):
         return []
@@ -71,6 +71,8 @@ def check_right_padding(model: PreTrainedModel, alone: torch.Tensor, beside: tor
     """
     if model.dtype != torch.float32:
         return []
+    if problems := _not_finite(model, alone):
+        return problems
     if alone.shape != beside.shape:  # an output for each token
         beside = beside[:, : alone.shape[1]]
     if bool((alone - beside).abs().max() <= OF_APPROXIMATIONS * alone.abs().max()):
@@ -91,6 +93,19 @@ def keeps_documents_apart(model: PreTrainedModel, device: torch.device) -> bool:
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0].float()
     return _alike(*hidden[:, 4:])
+
+
+def _not_finite(model: PreTrainedModel, outputs: torch.Tensor) -> list[Problem]:
+    """What is compared with a number that is none is never alike, which says nothing of who sees what.
+
+    Of buffers, too: running means are learnt.
+    """
+    if bool(outputs.isfinite().all()):
+        return []
+    learnt = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    names = [name for name, value in learnt.items() if not bool(value.isfinite().all())]
+    rule = f"its weights are not finite: {', '.join(names[:3]) or 'its outputs'}"
+    return [Problem("model", model.config.model_type, rule, "weights of a training that went well")]
 
 
 def _alike(first: torch.Tensor, second: torch.Tensor) -> bool:

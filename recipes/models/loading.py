@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -28,8 +33,17 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """safetensors' names."""
-WRAPPED = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before names."""
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""Kinds whose elements are values of their own."""
+WRAPPERS = "_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPED = rf"^((module|{WRAPPERS})\.)+|(?<=\.)({WRAPPERS})\."
+"""What DistributedDataParallel, torch.compile, DeepSpeed, FSDP and activation checkpointing put into names."""
+UNWRAP = """python - <<'END'
+import re; from pathlib import Path; from safetensors.torch import load, save_file
+for f in Path({folder!r}).glob('*.safetensors'):
+    tensors = {{re.sub(r'{pattern}', '', name): value for name, value in load(f.read_bytes()).items()}}
+    save_file(tensors, f, {{'format': 'pt'}})
+END"""
 NAMED = 3
 """Tensors that a message names; the others are counted."""
 
@@ -68,19 +82,31 @@ def compare(model: PreTrainedModel, files: tuple[Path, ...]) -> Differences:
         found, _ = convert_and_load_state_dict_in_model(model, tensors, _settings(model, torch.device("meta")))
     model._adjust_missing_and_unexpected_keys(found)
     mismatched = {name for name, *_ in found.mismatched_keys}
-    parameters = {name for name, _ in model.named_parameters()}
     # Running means are learnt as well; the count of batches beside them has no effect on a model that is given one.
     learnt = {name for name in model.state_dict() if not name.endswith("num_batches_tracked")}
+    parameters = {name for name, _ in model.named_parameters()}
     missing = (found.missing_keys & (parameters | learnt)) - mismatched - set(model.all_tied_weights_keys)
-    _refuse_integers(parameters, shapes)
+    _refuse_other_kinds(model, shapes)
     _refuse_untied(model, files, shapes)
     return Differences(tuple(sorted(missing)), tuple(sorted(mismatched)), tuple(sorted(found.unexpected_keys)))
 
 
-def _refuse_integers(parameters: set[str], shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Integers are scaled ones whose scales are elsewhere: read as they are they would be a model of noise."""
+def _refuse_other_kinds(model: PreTrainedModel, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Integers are scaled ones whose scales are elsewhere: read as they are they would be a model of noise.
+
+    So would the real part of complex numbers. Looked at where transformers would put them: an expert's weight has a
+    name in the file that the model does not have, and running means are no parameters.
+    """
+    own, conversions = model.state_dict(), list(get_model_conversion_mapping(model))
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
     for name, (dtype, _) in shapes.items():
-        if dtype[0] in "IUB" and dtype != "BF16" and _stored_as(name, parameters):
+        if dtype in FLOATING:
+            continue
+        place = own.get(name)
+        if place is None:
+            place = own.get(rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0])
+        if place is not None and place.is_floating_point():
             rule = f"{name} is stored as {dtype}, and its config.json names no quantization_config"
             raise RequestError(Problem("model.path", name, rule, "weights in bf16, fp16 or fp32"))
 
@@ -89,15 +115,26 @@ def _refuse_untied(
     model: PreTrainedModel, files: tuple[Path, ...], shapes: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
     """Two tensors that are stored apart, with other values, and are one in the model: one of them would be lost."""
+    tied: dict[str, list[str]] = {}
     for one, other in model.all_tied_weights_keys.items():
-        names = [next((name for name in shapes if _stored_as(name, {part})), None) for part in (one, other)]
-        if None in names or names[0] == names[1]:
-            continue
-        first, second = (_read(files, str(name)) for name in names)
-        if first.shape != second.shape or not torch.equal(first, second):
-            rule = f"{names[0]} and {names[1]} have other values, and are one tensor by its config.json"
-            nearest = f"tie_word_embeddings=false in its config.json, or weights without {names[0]}"
-            raise RequestError(Problem("model.path", "tie_word_embeddings", rule, nearest))
+        tied.setdefault(other, [other]).append(one)
+    for parts in tied.values():
+        there = [next((name for name in shapes if _stored_as(name, {part})), None) for part in parts]
+        kept, *others = dict.fromkeys(name for name in there if name) or [""]
+        first = _read(files, kept) if others else torch.empty(0)
+        for other in others:
+            second = _read(files, other)
+            if first.shape != second.shape or not torch.equal(first, second):
+                rule = f"{other} and {kept} have other values, and are one tensor by its config.json"
+                nearest = f"tie_word_embeddings=false in its config.json, or weights without {other}"
+                if not _can_be_untied(model.config):
+                    nearest = f"a {model.config.model_type} whose {other} is its {kept}: each is taken for one"
+                raise RequestError(Problem("model.path", "tie_word_embeddings", rule, nearest))
+
+
+def _can_be_untied(config: PretrainedConfig) -> bool:
+    """Not T5's: transformers 5.23 always says that it is tied, and takes `false` for a scale of the outputs."""
+    return not AutoConfig.for_model(config.model_type, tie_word_embeddings=False).tie_word_embeddings
 
 
 def _stored_as(name: str, parameters: set[str]) -> bool:
@@ -144,8 +181,9 @@ def refuse_lacking(folder: Path, names: list[str], stored: Iterable[str] = ()) -
     """Nothing that the weights lack is made up. stored: names without a place in the model. Raises RequestError."""
     if names:
         nearest = "a model that was trained for this task, and for these classes"
-        if found := next((prefix for prefix in WRAPPED if any(name.startswith(prefix) for name in stored)), None):
-            nearest = f"the names in its file without '{found}', which a wrapper has put before them"
+        if found := next((match.group() for name in stored if (match := re.search(WRAPPED, name))), None):
+            nearest = f"the names in its file without '{found}', which a wrapper has put there:\n"
+            nearest += UNWRAP.format(folder=str(folder), pattern=WRAPPED)
         raise RequestError(Problem("model.path", str(folder), f"its weights lack {listed(names)}", nearest))
 
 

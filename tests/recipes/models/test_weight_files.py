@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +18,28 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BertConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from conf.compose import compose
-from conf.errors import RequestError
+from conf.errors import Problem, RequestError
 from conf.model_folder import oversized
 from conf.schema import ModelConfig
 from conf.weight_files import find_weights, header, quantised
 from recipes import hub
 from recipes.data.tokenizer import train_tokenizer
-from recipes.models.attention import check_causal
+from recipes.models.attention import check_causal, check_padding, check_right_padding
 from recipes.models.build import check_weights, from_pretrained
 from recipes.models.configuration import check_text, scratch_config
 from recipes.models.pretrained import local_folder, pretrained_config
@@ -328,18 +336,68 @@ def test_a_tie_of_two_tensors(tmp_path: Path, sharded: bool) -> None:
     torch.testing.assert_close(weights_of(tmp_path, sharded), dict(expected), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("other", ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+@pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_a_tie_of_more_than_two_tensors(tmp_path: Path, kept: str, other: str) -> None:
+    """Whichever of them are stored. T5 is tied whatever its configuration says, so no advice to untie it."""
+    size = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(size).save_pretrained(tmp_path)
+    rewritten(tmp_path, lambda all: {kept if name == "shared.weight" else name: all[name] for name in all})
+    check_weights(on_meta(AutoModelForSeq2SeqLM, size), tmp_path, None, new_head=False)
+    if other == kept:
+        return
+    rewritten(tmp_path, lambda all: all | {other: all[kept] + 1})
+    with pytest.raises(RequestError, match=f"{other} and {kept} have other values") as refused:
+        check_weights(on_meta(AutoModelForSeq2SeqLM, size), tmp_path, None, new_head=False)
+    assert "tie_word_embeddings=false" not in refused.value.render()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint16, torch.bool, torch.complex64])
+def test_kinds_of_numbers_are_looked_at_where_they_go(tmp_path: Path, kind: torch.dtype) -> None:
+    """Experts that become one tensor, norms under an older name, running means: none has its own name in the model."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for hf_class, config, older, part in (
+        (AutoModelForCausalLM, MixtralConfig(**size, num_key_value_heads=2, num_local_experts=2), "", "experts"),
+        (AutoModelForMaskedLM, BertConfig(**size), "LayerNorm.gamma", "gamma"),
+        (AutoModelForImageClassification, ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]), "", "running"),
+    ):
+        folder = tmp_path / part
+        hf_class.from_config(config).save_pretrained(folder)
+        if older:
+            rewritten(folder, lambda all: {name.replace("LayerNorm.weight", older): all[name] for name in all})  # noqa: B023
+        check_weights(on_meta(hf_class, config), folder, None, new_head=False)
+        rewritten(folder, lambda all: {n: v.to(kind) if part in n else v for n, v in all.items()})  # noqa: B023
+        with pytest.raises(RequestError, match=rf"{part}.* is stored as [IUBC]\w+, and its config.json names no"):
+            check_weights(on_meta(hf_class, config), folder, None, new_head=False)
+
+
 def test_weights_that_are_no_values(saved: Path) -> None:
-    """Integers without scales; and names that a wrapper has changed, with advice that works."""
+    """Integers without scales."""
     whole = on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE))
     rewritten(saved, lambda tensors: tensors | {"lm_head.weight": (100 * tensors["lm_head.weight"]).to(torch.int8)})
     with pytest.raises(RequestError, match=r"lm_head.weight is stored as I8, and its config.json names no"):
         check_weights(whole, saved, None, new_head=False)
-    for prefix in ("module.", "_orig_mod."):
-        rewritten(saved, lambda tensors, prefix=prefix: {f"{prefix}{n}": v.float() for n, v in tensors.items()})
-        with pytest.raises(RequestError, match=f"without '{prefix}', which a wrapper has put before them"):
-            check_weights(whole, saved, None, new_head=False)
-        rewritten(saved, lambda tensors, prefix=prefix: {n.removeprefix(prefix): v for n, v in tensors.items()})
+
+
+@pytest.mark.parametrize(
+    "plain, wrapped, found",
+    [
+        ("", "module.", "module."), ("", "_orig_mod.", "_orig_mod."), ("", "module._orig_mod.", "module._orig_mod."),
+        ("model.", "model._orig_mod.", "_orig_mod."), ("layers.0.", "layers.0._fsdp_wrapped_module.", "_fsdp_wrapped"),
+        ("layers.1.", "layers.1._checkpoint_wrapped_module.", "_checkpoint_wrapped_module."),
+    ],
+)  # fmt: skip
+def test_the_advice_for_names_that_a_wrapper_has_changed_works(
+    saved: Path, plain: str, wrapped: str, found: str
+) -> None:
+    whole, before = on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE)), load_file(saved / "model.safetensors")
+    rewritten(saved, lambda all: {name.replace(plain, wrapped, 1): value.clone() for name, value in all.items()})
+    with pytest.raises(RequestError, match=f"without '{found}") as refused:
         check_weights(whole, saved, None, new_head=False)
+    command = refused.value.problems[0].nearest.partition("\n")[2].replace("python", sys.executable, 1)
+    subprocess.run(["bash", "-c", command], check=True, timeout=120)
+    check_weights(whole, saved, None, new_head=False)
+    torch.testing.assert_close(load_file(saved / "model.safetensors"), before, rtol=0, atol=0)
 
 
 def test_running_means_are_weights() -> None:
@@ -419,4 +477,15 @@ def test_weights_that_are_not_finite_are_called_so(saved: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     (problem,) = check_causal(model, torch.device("cpu"))
+    assert problem.rule == "its weights are not finite: model.norm.weight"
+
+
+@pytest.mark.parametrize("probe", [check_causal, check_padding, check_right_padding])
+def test_no_probe_takes_what_is_not_finite_for_what_is_seen(saved: Path, probe: Callable[..., list[Problem]]) -> None:
+    model = LlamaForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    nothing = torch.full((1, 4), float("nan"))
+    words = (nothing, nothing) if probe is check_right_padding else (torch.device("cpu"),)
+    (problem,) = probe(model, *words)
     assert problem.rule == "its weights are not finite: model.norm.weight"
