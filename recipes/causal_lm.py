@@ -219,6 +219,7 @@ class CausalLM(Recipe):
         import torch
 
         from recipes import hub
+        from recipes.models.writing import SAMPLING
 
         tokenizer = hub.tokenizer(folder)
         model = hub.model(self.hf_class(), folder).eval()
@@ -228,10 +229,9 @@ class CausalLM(Recipe):
             out = model.generate(
                 **inputs,
                 max_new_tokens=self.cfg.eval.new_tokens,
-                do_sample=True,
-                temperature=0.7,
-                top_p=0.9,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                tokenizer=tokenizer,  # for a model's `stop_strings`
+                **SAMPLING,
             )
         return str(tokenizer.decode(out[0], skip_special_tokens=True))
 

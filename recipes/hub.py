@@ -99,6 +99,11 @@ def new_model(hf_class: Any, config: Any, **options: Any) -> Any:
     return hf_class.from_config(config, trust_remote_code=False, **options)
 
 
+CODE = ("custom_generate", "trust_remote_code")
+"""Settings of generation that name code, or allow it."""
+MOST_TEXTS = 1_000
+
+
 def generation_config(folder: Path) -> Any:
     """How a model's folder says that it writes texts, without code. Raises RequestError for what cannot be done."""
     from transformers import GenerationConfig
@@ -112,11 +117,12 @@ def generation_config(folder: Path) -> Any:
         raise RequestError(
             Problem(str(file), "", f"transformers refuses it: {reason}", "correct it, or remove it")
         ) from None
-    for name in ("custom_generate", "trust_remote_code"):
+    for name in CODE:
         vars(found).pop(name, None)
     legal = {
         **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"), _is_id),
-        **dict.fromkeys(("num_beams", "num_return_sequences", "max_length", "max_new_tokens"), _is_count),
+        **dict.fromkeys(("max_length", "max_new_tokens"), _is_count),
+        **dict.fromkeys(("num_beams", "num_return_sequences"), lambda value: _is_count(value) and value <= MOST_TEXTS),
         "temperature": lambda value: _is_number(value) and value >= 0,
         "top_p": lambda value: _is_number(value) and 0 <= value <= 1,
     }

@@ -16,6 +16,7 @@ from conf.errors import Problem, RequestError
 from conf.weight_files import find_weights
 from recipes import hub
 from recipes.models.loading import Differences, Place, compare, fill, listed, refuse_lacking
+from recipes.models.writing import check_writing
 
 CONSTRUCTED_ELEMENTS = 2**16
 """Largest parameter whose value from the constructor is remembered: vectors and scalars."""
@@ -287,8 +288,7 @@ def check_weights(model: PreTrainedModel, folder: Path, variant: str | None, new
     new = {name for name in (*found.missing, *found.mismatched) if new_head and _in_head(base, name)}
     lacking = [name for name in found.lacking if name.partition(" ")[0] not in new]
     refuse_lacking(folder, lacking, found.unexpected)
-    if (folder / "generation_config.json").exists():
-        hub.generation_config(folder)
+    check_writing(folder, model.config)
     said = [f"weights of {folder}: {', '.join(files.others)} not read"] if files.others else []
     if new:
         said.append(f"new in the model, its weights lack it: {listed(sorted(new))}")

@@ -35,9 +35,10 @@ from transformers import (
 from conf.compose import compose
 from conf.errors import Problem, RequestError
 from conf.model_folder import oversized
-from conf.schema import ModelConfig
+from conf.schema import Config, EvalConfig, ModelConfig
 from conf.weight_files import find_weights, header, quantised
 from recipes import hub
+from recipes.causal_lm import CausalLM
 from recipes.data.tokenizer import train_tokenizer
 from recipes.models.attention import check_causal, check_padding, check_right_padding
 from recipes.models.build import check_weights, from_pretrained
@@ -421,6 +422,15 @@ def test_running_means_are_weights() -> None:
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"max_length": "many"}, "max_length"),
         ({"bad_words_ids": 5, "num_beams": "3"}, "num_beams"),
+        ({"bad_words_ids": 5}, "bad_words_ids=5"),
+        ({"top_k": "x", "repetition_penalty": 0}, 'top_k="x"'),
+        ({"top_k": "x", "repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"typical_p": -1.5}, "typical_p"),
+        ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty"),
+        ({"sequence_bias": {"a": 1}}, "sequence_bias"),
+        ({"stop_strings": [1]}, "stop_strings"),
+        ({"num_beams": 10**12}, "num_beams"),
+        ({"use_mtp": True}, "use_mtp"),
     ],
 )
 def test_how_a_model_writes_texts_is_looked_at_before_the_start(saved: Path, settings: dict, key: str) -> None:
@@ -429,6 +439,38 @@ def test_how_a_model_writes_texts_is_looked_at_before_the_start(saved: Path, set
     with pytest.raises(RequestError, match=r"generation_config\.json") as refused:
         check_weights(on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE)), saved, None, new_head=False)
     assert key in refused.value.render()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bos_token_id": 128000, "eos_token_id": [128001, 128009], "do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        {"eos_token_id": [1, 106], "cache_implementation": "hybrid", "top_k": 64, "pad_token_id": 0},
+        {"forced_bos_token_id": 0, "forced_eos_token_id": 2, "no_repeat_ngram_size": 3, "num_beams": 4,
+         "early_stopping": True, "length_penalty": 2.0, "min_length": 56, "max_length": 142},
+        {"bad_words_ids": [[63]], "decoder_start_token_id": 63, "renormalize_logits": True},
+        {"suppress_tokens": [1, 2, 7], "begin_suppress_tokens": [5, 6], "alignment_heads": [[1, 0]], "is_multilingual":
+         True, "lang_to_id": {"<|en|>": 5}, "return_timestamps": False, "max_initial_timestamp_index": 1},
+        {"repetition_penalty": 1.05, "top_k": 20, "stop_strings": ["\n\n"], "return_dict_in_generate": True},
+        {"_from_model_config": True, "transformers_version": "4.30.0", "custom_generate": "x/y",
+         "trust_remote_code": True},
+    ],
+)  # fmt: skip
+def test_what_published_models_say_of_writing_is_no_mistake(saved: Path, settings: dict) -> None:
+    (saved / "generation_config.json").write_text(json.dumps(settings))
+    state = torch.random.get_rng_state()
+    check_weights(on_meta(AutoModelForCausalLM, LlamaConfig(**SIZE)), saved, None, new_head=False)
+    assert torch.equal(state, torch.random.get_rng_state()), "trying draws nothing from the run"
+
+
+def test_a_sample_of_a_model_with_words_to_stop_at(saved: Path) -> None:
+    """transformers wants the tokenizer for them, and returns more than tokens where a model says so."""
+    LlamaForCausalLM(LlamaConfig(**SIZE | {"vocab_size": 260})).save_pretrained(saved)
+    train_tokenizer(["the quick brown fox"] * 4, 260).save_pretrained(saved)
+    settings = {"stop_strings": ["fox"], "return_dict_in_generate": True}
+    (saved / "generation_config.json").write_text(json.dumps(settings))
+    recipe = CausalLM(Config(eval=EvalConfig(prompt="the quick", new_tokens=3)))
+    assert str(recipe.sample(saved)).startswith("the quick")
 
 
 def test_code_of_strangers_does_not_go_along(saved: Path) -> None:
