@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from conf.errors import Problem, RequestError
 from conf.weight_files import (
@@ -38,6 +38,8 @@ MOST = (
     (re.compile(r"max_(\w+_)?position(s|_embeddings)|n_positions|n_ctx|max_seq_len|seq_length"), 10**8),
 )
 """Names of sizes in a configuration, and what none exceeds by far."""
+COUNTED = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|heads?|experts|embd)|hidden_size|intermediate_size|vocab_size")
+"""Sizes of which less than nothing has no meaning; elsewhere -1 may stand for none."""
 AS_IT_HAS = "the number that it has"
 SCALES_OF_FP8 = ("_scale_inv", ".scale", ".qscale_weight")
 """Those that transformers 5.23 reads (`update_weight_conversions` in quantizer_finegrained_fp8.py)."""
@@ -82,34 +84,37 @@ def check_kind(tensors: Tensors, method: str | None) -> None:
                 raise RequestError(Problem(key, method, rule, PLAIN_COPY))
 
 
-def oversized(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Name, value and bound of the sizes that no model has: in a configuration as it is written, and its parts.
+def impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and rule of the sizes that no model has: in a configuration as it is written, and its parts.
 
     Asked of what is written, since families make a list of all layers (`layer_types`) or labels before a configuration
     can be looked at, and the time to build a model grows with its parts, also on the meta device.
     """
     waiting: list[Mapping[str, Any]] = [config]
     while waiting:
-        for name, value in waiting.pop().items():
+        part = waiting.pop()
+        for name, value in part.items():
             if isinstance(value, Mapping):
                 waiting.append(value)
+            sizes = [size for size in (value if isinstance(value, list | tuple) else [value]) if _is_number(size)]
             for pattern, most in MOST:
-                sizes = value if isinstance(value, list | tuple) else [value]
-                if pattern.fullmatch(str(name)) and any(_is_number(size) and size > most for size in sizes):
-                    yield str(name), value, most
+                if pattern.fullmatch(str(name)) and any(size > most for size in sizes):
+                    yield str(name), value, f"more than {most:,}: no model has as many"
+            if COUNTED.fullmatch(str(name)) and any(size < 0 for size in sizes):
+                yield str(name), value, "a number of parts is not negative"
+        heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
+        if _is_number(heads) and _is_number(shared) and shared > 0 and heads % shared:
+            yield "num_key_value_heads", shared, f"must divide num_attention_heads={heads}"
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
     """Raises RequestError for the sizes that no model has. where: stands before a name, as `model.config.`."""
-    found = [
-        Problem(f"{where}{name}", str(value)[:40], f"more than {most:,}: no model has as many", AS_IT_HAS)
-        for name, value, most in oversized(config)
-    ]
+    found = [Problem(f"{where}{name}", str(value)[:40], rule, AS_IT_HAS) for name, value, rule in impossible(config)]
     if found:
         raise RequestError(found)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

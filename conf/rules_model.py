@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from conf.batch import Layout
 from conf.environment import Environment
 from conf.errors import Problem, RequestError, did_you_mean
-from conf.model_folder import check_folder, oversized
+from conf.model_folder import check_folder, impossible
 from conf.rules_data import POSITIONS, nearest_path, sources
 from conf.rules_values import shown
 from conf.schema import Config
@@ -81,9 +81,9 @@ def config(cfg: Config, layout: Layout, env: Environment) -> Iterator[Problem]:
         elif name in COUNTS and value is not None and (not _is_count(value) or value < 1):
             nearest = f"{key}=1" if _is_count(value) else f"{key}=8, or another whole number"
             yield Problem(key, shown(value), "must be a whole number, at least 1", nearest)
-    for name, value, most in oversized(values):
-        rule = f"more than {most:,}: no model has as many"
-        yield Problem(f"model.config.{name}", shown(value), rule, "the size that is meant")
+    for name, value, rule in impossible(values):
+        if name not in COUNTS or (_is_count(value) and value > 0 and rule.startswith("more")):  # else said already
+            yield Problem(f"model.config.{name}", shown(value), rule, "the size that is meant")
     for whole, part in WIDTHS:
         size, count = values.get(whole), values.get(part)
         if "head_dim" in values and part == "num_attention_heads":

@@ -51,19 +51,24 @@ def main(argv: list[str]) -> int:
         except Timeout:
             rule = "a run is at work in it, and deletes old ones by itself (checkpoint.keep)"
             raise RequestError(Problem("keep", own["keep"], rule, "leave keep out, or wait for its end")) from None
-    whole, damaged = 0, 0
+    whole, damaged, stays = 0, 0, False
     for entry, found in all_of(folder):
         damage = _damage(entry, found, keep is not None or own["verify"] == "true")
         whole, damaged = whole + (not damage), damaged + bool(damage)
         gone = keep is not None and not damage and whole > keep
-        print(_line(entry, found) + (", deleted" if gone else "") + "".join(f"\n  damaged: {what}" for what in damage))
-        if gone:
-            durable.remove(entry)
+        stays |= gone and not durable.remove(entry)
+        ending = _ending(entry) if gone else ""
+        print(_line(entry, found) + ending + "".join(f"\n  damaged: {what}" for what in damage))
     for left in unfinished(folder):
-        print(f"{left.name}  not finished" + (", deleted" if keep is not None else ""))
-        if keep is not None:
-            durable.remove(left)
-    return 1 if damaged else 0
+        stays |= keep is not None and not durable.remove(left)
+        print(f"{left.name}  not finished" + (_ending(left) if keep is not None else ""))
+    return 1 if damaged or stays else 0
+
+
+def _ending(entry: Path) -> str:
+    """What became of a folder that was to be deleted."""
+    left = [path for path in (entry, durable.beside(entry)) if path.exists()]
+    return f", cannot be deleted: {left[0]}" if left else ", deleted"
 
 
 def _export(folder: Path, out: str, step: str) -> int:

@@ -26,7 +26,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 from conf.errors import Problem, RequestError
 from conf.schema import DataConfig
 from launch.runtime.console import Terminal
-from launch.runtime.request import read_request, run_command
+from launch.runtime.request import read_request, run_command, told_apart
 from launch.runtime.standard_streams import RULE, missing, unbreakable
 from recipes.durable import replace_text
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         print(f"usage: {USAGE}\n\n{__doc__}")
         return 0
     words = [word for word in argv if not word.startswith(("-", "+"))]
-    models = [word for word in words if "=" not in word or Path(word).expanduser().is_dir()]
+    models, _ = told_apart(words, ())
     if len(models) != 1:
         raise RequestError(Problem("MODEL", " ".join(models), "one model is evaluated", USAGE))
     for key in ("model", "model.path"):
@@ -111,14 +111,9 @@ def main(argv: list[str]) -> int:
         terminal.release()
         logs.cleanup()
     if ranks.first:
-        if out is not None:
-            try:
-                replace_text(out, json_lines(evaluation.predictions))
-            except OSError as error:
-                raise RequestError(
-                    Problem("out", str(out), f"cannot be written: {error.strerror}", "out=FILE elsewhere")
-                ) from None
         print(json.dumps(evaluation.metrics), file=answer, flush=True)
+        if out is not None:
+            replace_text(out, json_lines(evaluation.predictions))
         if (failure := missing(answer)) is not None:
             print(f"error: standard output {RULE}: {failure.strerror}", file=sys.stderr)
             return 1

@@ -15,7 +15,7 @@ from rich.table import Table
 from conf.errors import Problem, RequestError
 from launch.runtime.console import plain_console
 from launch.runtime.plots import RunMetrics, plot_runs, read_metrics
-from launch.runtime.request import run_command
+from launch.runtime.request import run_command, told_apart
 
 USAGE = "launch/report.py RUN_DIR… [out=report.png]"
 
@@ -41,14 +41,18 @@ def main(argv: list[str]) -> int:
 def read_arguments(argv: list[str]) -> tuple[list[Path], Path]:
     """(run directories, image to write). Raises RequestError when there is no run or something is not understood."""
     run_dirs, out, problems = [], Path("report.png"), []
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if equals and key == "out" and value:
-            out = Path(value).expanduser()
-        elif argument.startswith("-") or (equals and not Path(argument).exists()):
-            problems.append(Problem(argument, "", f"not understood; usage: {USAGE}"))
+    words, pairs = told_apart(argv, ("out",))
+    for word in words:
+        if word.startswith("-"):
+            problems.append(Problem(word, "", f"not understood; usage: {USAGE}"))
         else:
-            run_dirs.append(Path(argument).expanduser())
+            run_dirs.append(Path(word).expanduser())
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key == "out" and value:
+            out = Path(value).expanduser()
+        else:
+            problems.append(Problem(pair, "", f"not understood; usage: {USAGE}"))
     if out.suffix.lower() != ".png":
         problems.append(Problem("out", str(out), "the image is a PNG", f"out={out.with_suffix('.png')}"))
     elif not out.absolute().parent.is_dir():

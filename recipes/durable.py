@@ -154,12 +154,15 @@ def beside(path: Path) -> Path:
     return _hidden(path, SCRATCH)
 
 
-def remove(path: Path) -> None:
-    """Delete a folder, or a file, so that it is whole or gone under its name; never fails: what cannot go stays."""
+def remove(path: Path) -> bool:
+    """Delete a folder, or a file, so that it is whole or gone under its name; never fails: what cannot go stays.
+
+    Returns whether nothing of it is left.
+    """
     if not path.is_dir() or path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-        return
+        return not os.path.lexists(path)
     hidden = path if path.name.startswith(".") else beside(path)
     if hidden != path:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -169,6 +172,7 @@ def remove(path: Path) -> None:
             hidden = path
     for _ in range(2):  # once more, if a disk was busy
         shutil.rmtree(hidden, ignore_errors=True)
+    return not os.path.lexists(hidden)
 
 
 def synchronise(path: Path) -> None:

@@ -98,7 +98,7 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "a corpus of hostile files over all readers, tokenizers, configurations and chat templates",
         (
             "recipes/data/test_hostile_files.py",
-            "recipes/data/test_template_bounds.py",
+            "recipes/data/test_odd_templates.py",
             "recipes/models/test_hostile_configurations.py",
         ),
     ),

@@ -48,13 +48,10 @@ class RunDir:
 
         What a user has put among the checkpoints stays.
         """
-        for name in RUN_FILES:
-            durable.remove(self.path / name)
-        for name in RUN_FOLDERS:
-            if name not in ("logs", "checkpoints"):
-                durable.remove(self.path / name)
-        for entry in [*(entry for entry, _ in all_of(self.checkpoints)), *unfinished(self.checkpoints)]:
-            durable.remove(entry)
+        own = [self.path / name for name in (*RUN_FILES, *RUN_FOLDERS) if name not in ("logs", "checkpoints")]
+        own += [*(entry for entry, _ in all_of(self.checkpoints)), *unfinished(self.checkpoints)]
+        if left := [path for path in own if not durable.remove(path)]:
+            raise DiskError(f"{left[0]} is of an earlier run, and cannot be deleted; another run_dir has room")
         with contextlib.suppress(OSError):
             self.checkpoints.rmdir()
         # Else a loss of power might bring back what a resume would take for this run's.

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,9 +221,8 @@ def _train(
 
     def keep(evaluation: Evaluation) -> None:
         # The row of its evaluation first: by the rows a resume knows of which step the model is.
-        settled = metrics.settle if metrics is not None else lambda: None
-        look = lambda: caretaker.look("the export")  # noqa: E731
-        problem = export(engine, recipe, run_dir.model, first, check=look, ready=settled)
+        ready = metrics.settle if metrics is not None else lambda: None
+        problem = export(engine, recipe, run_dir.model, first, check=partial(caretaker.look, "the export"), ready=ready)
         if engine.any_of(problem is not None)[0]:
             what = f"the model could not be written: {durable.told(problem) if problem else 'see rank 0'}"
             if progress.step == steps:

@@ -172,7 +172,8 @@ def _converted(
             return target
         if progress:
             progress(0, 1, f"converting {what}")
-        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        scratch = durable.beside(target)
+        durable.remove(scratch)  # of a conversion that was broken off
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-c", *words, str(scratch)],

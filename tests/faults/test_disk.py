@@ -168,7 +168,7 @@ def chosen(trials: list[Trial], count: int) -> list[Trial]:
 def test_an_operation_that_fails(runs: Runs, start: str) -> None:
     for trial in chosen([trial for trial in runs.trials if trial.start == start], TRIALS):
         runs.one(trial)
-    print(dict(runs.seen))
+    print(f"{len(runs.trials)} operations", dict(runs.seen))
 
 
 def test_a_disk_that_is_full_for_a_while(runs: Runs) -> None:

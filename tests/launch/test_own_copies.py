@@ -10,9 +10,11 @@ import pytest
 
 from conf.compose import compose
 from conf.schema import Config
+from launch.checkpoints import main
 from launch.runtime.checkpoint import FORMAT, all_of, newest, unfinished
-from launch.runtime.run_dir import RunDir
+from launch.runtime.run_dir import DiskError, RunDir
 from launch.runtime.saving import Saving
+from recipes import durable
 from recipes.checksums import seal
 
 
@@ -85,3 +87,19 @@ def test_overwrite_leaves_them(folder: Path) -> None:
     checkpoint(folder, 10)
     RunDir(folder.parent).clear()
     assert not folder.exists()
+
+
+def test_what_cannot_be_deleted_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By who was asked to delete it; and a run does not begin among the checkpoints of another one."""
+    monkeypatch.setattr(durable.shutil, "rmtree", lambda *arguments, **options: None)
+    layout = dict.fromkeys(("data", "tensor", "pipeline", "sequence"), 1)
+    for entry in folder.glob("step_000000?0"):
+        manifest = {"format": FORMAT, "step": int(entry.name[5:]), "files": {}, "tensors": {}, "config": {}}
+        manifest |= {"layout": layout, "zero": 0, "written": "2026"}
+        (entry / "manifest.json").write_text(json.dumps(seal(manifest)))
+    assert main([str(folder.parent), "keep=2"]) == 1
+    assert f"cannot be deleted: {folder / '.step_00000010.tmp'}" in capsys.readouterr().out
+    with pytest.raises(DiskError, match="is of an earlier run, and cannot be deleted"):
+        RunDir(folder.parent).clear()

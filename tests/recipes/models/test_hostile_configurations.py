@@ -58,6 +58,10 @@ HOSTILE: dict[str, Any] = {
 }
 
 
+HARMLESS = ("code", "no vocabulary")
+"""Code is not loaded; a tokenizer that is larger than the vocabulary is refused where there is one."""
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_configuration_of_strangers(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PLAIN | HOSTILE[name]))
@@ -69,6 +73,7 @@ def test_a_configuration_of_strangers(name: str, tmp_path: Path) -> None:
         problems = list(error.problems)
     assert time.monotonic() - started < 15  # 5 s, on a machine that does other things
     assert all(problem.rule and len(problem.rule) < 600 for problem in problems)
+    assert bool(problems) != (name in HARMLESS)
 
 
 @pytest.mark.parametrize(

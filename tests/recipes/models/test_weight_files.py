@@ -34,7 +34,7 @@ from transformers import (
 
 from conf.compose import compose
 from conf.errors import Problem, RequestError
-from conf.model_folder import oversized
+from conf.model_folder import impossible
 from conf.schema import Config, EvalConfig, ModelConfig
 from conf.weight_files import find_weights, header, quantised
 from recipes import hub
@@ -511,7 +511,7 @@ def test_lists_without_end_in_parts_of_a_configuration(tmp_path: Path, settings:
 
 @pytest.mark.parametrize("family", ["llama4", "bamba", "doge", "t5", "swin"])
 def test_families_are_within_the_bounds(family: str) -> None:
-    assert not list(oversized(CONFIG_MAPPING[family]().to_dict()))
+    assert not list(impossible(CONFIG_MAPPING[family]().to_dict()))
 
 
 def test_weights_that_are_not_finite_are_called_so(saved: Path) -> None:
